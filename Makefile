@@ -1,0 +1,61 @@
+# Each target is one line over the command `readcache <verb>`; a variable is the option of that name in lower case.
+# Nothing here decides whether work is needed: a cache is found by the fingerprint of its recipe, never by file times.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+INPUTS := TASK BACKBONE STORE DATA TOKENS LAYERS CODEC MAX_LENGTH LIMIT ORDER_SEED SEED DEVICE
+OFRUN  := STORE DEVICE RUN TASK SPLIT
+ALWAYS := CONFIG SET
+
+# $(call options,NAMES): --name 'value' for each variable that is set; values are taken as they are, quotes and dollars too
+quote   = '$(subst ','\'',$(value $(1)))'
+options = $(foreach v,$(1) $(ALWAYS),$(if $(value $(v)),--$(shell echo $(v) | tr A-Z_ a-z-) $(call quote,$(v)))) $(if $(JSON),--json)
+
+.DEFAULT_GOAL := help
+.PHONY: help install plan extract train evaluate predict catalog bench test lint
+
+help: ## every target, with its variables
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+	@echo; echo "Everywhere: JSON=1 prints one JSON document, CONFIG=file.yaml, SET=key=value. Defaults and units: .venv/bin/readcache <verb> --help"
+
+install: $(VENV)/.stamp ## what the commands need, into .venv (every target does this first)
+
+$(VENV)/.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say PYTHON=python3.11")'
+	@echo "installing into $(VENV), once" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]' >&2
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]' >&2
+	@touch $@
+
+plan: install ## what stage one would do, and how large it would be: TASK BACKBONE STORE DATA TOKENS LAYERS CODEC MAX_LENGTH LIMIT SEED DEVICE SPLITS
+	@$(BIN)/readcache plan $(call options,$(INPUTS) SPLITS)
+
+extract: install ## stage one, every split of the task: the same variables, DASK
+	@$(BIN)/readcache extract $(call options,$(INPUTS) SPLITS DASK)
+
+train: install ## stage two, extracting first what is missing: the same, CELL HIDDEN POOL EPOCHS LR BATCH CACHE NO_EXTRACT=1
+	@$(BIN)/readcache train $(call options,$(INPUTS) DASK CELL HIDDEN POOL EPOCHS LR BATCH CACHE) $(if $(NO_EXTRACT),--no-extract)
+
+evaluate: install ## scores of a saved run on a split: RUN TASK SPLIT STORE DEVICE BATCH
+	@$(BIN)/readcache evaluate $(call options,$(OFRUN) BATCH)
+
+predict: install ## labels for new text: RUN TEXT TEXT_PAIR, or FILE=in.jsonl, or SPLIT of the cache; STORE DEVICE BACKBONE
+	@$(BIN)/readcache predict $(call options,$(OFRUN) TEXT TEXT_PAIR FILE BACKBONE)
+
+catalog: install ## caches and runs under STORE
+	@$(BIN)/readcache catalog $(call options,STORE)
+
+bench: install ## the tables of the README: WHAT=glue DATA STORE TOKENS EPOCHS …
+	@$(BIN)/readcache bench $(WHAT) $(call options,$(filter-out TASK,$(INPUTS)) CELL HIDDEN POOL EPOCHS LR BATCH)
+
+test: $(VENV)/.stamp-dev ## all tests, offline, on the CPU: ARGS="-k store"
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.stamp-dev ## style, types
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

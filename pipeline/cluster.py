@@ -1,0 +1,28 @@
+"""Map a function over parts: in this process, or on the workers of a dask cluster. Sole home of dask."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from dask.distributed import Client, as_completed
+
+from store.errors import Refused
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+
+def run_parts(build: Callable[[P], R], parts: Iterable[P], scheduler: str | None) -> Iterator[R]:
+    """The results as they come. `build` is a pure function of its part, so where and in which order does not matter.
+
+    scheduler: a dask scheduler's address, or None for this process. Raises Refused where it does not answer.
+    """
+    if scheduler is None:
+        yield from map(build, parts)
+        return
+    try:
+        client = Client(scheduler, timeout=10)
+    except (OSError, ValueError) as error:
+        raise Refused(f"dask scheduler {scheduler} does not answer ({type(error).__name__}); start one, or leave DASK out") from None
+    with client:
+        for _, result in as_completed(client.map(build, list(parts), pure=False), with_results=True):
+            yield result

@@ -1,0 +1,1 @@
+"""One module a verb, each a page read from top to bottom."""

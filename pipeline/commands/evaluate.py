@@ -1,0 +1,76 @@
+"""Scores of a saved run on a split, from the cache."""
+
+from pathlib import Path
+from typing import Any
+
+import store
+from pipeline import recipe, runs
+from pipeline.commands.train import labelled
+from pipeline.config import Evaluate
+from pipeline.runs import Run
+from pipeline.show import Show
+from stages import tasks
+from stages.device import pick
+from stages.evaluate import say, score
+from stages.loader import Loader
+from store import Cache, catalog
+from store.catalog import Found
+from store.errors import Refused
+
+
+def run(config: Evaluate, show: Show) -> dict[str, Any]:
+    """The command `evaluate`."""
+    device = pick(config.device)
+    found = runs.find(config.store, config.run, config.task)
+    task = found.task
+    head = runs.load_head(found).to(device)
+    metrics, examples = {}, {}
+    for split in [config.split] if config.split else task.evaluation:
+        cache = cache_of(config.store, found, split)
+        where = f"cache {cache.fingerprint[:12]}, split {split}"
+        if task.label not in cache.columns():
+            raise Refused(f"{where} carries no column {task.label!r}: it has no labels to score; predict it instead")
+        labels = tasks.labels(task, *cache.column(task.label), where)
+        scored = labelled(labels)
+        if not len(scored):
+            raise Refused(f"{where} has no labels to score; `predict --run {found.path.name} --split {split}` gives the answers")
+        metrics[split] = score(task, say(head, Loader(cache, scored, labels, config.batch, device)))
+        examples[split] = len(scored)
+    show.table(
+        ["split", "examples", "metric", "score"],
+        [[s, examples[s], metric, value] for s, values in metrics.items() for metric, value in values.items()],
+    )
+    return {"run": found.path.name, "task": task.name, "metrics": metrics, "examples": examples}
+
+
+def cache_of(root: Path, run: Run, split: str) -> Cache:
+    """The cache of a run's split: the one that it was trained or scored on, or its sibling for another split.
+
+    Raises Refused where it is gone, saying how to get it back.
+    """
+    made = run.told["recipe"]
+    again = (
+        f"extract it again: readcache extract --task {run.told['config']['task']} --backbone {run.told['backbone']} "
+        f"--tokens {made['tokens']} --layers {made['layers']} --codec {made['codec']} --max-length {made['max_length']} "
+        f"--splits {split}"
+        + (f" --limit {made['limit']}" if made["limit"] else "")
+        + (f" --data {run.told['config']['data']}" if run.told["config"]["data"] else "")
+    )
+    fingerprint = run.told["fingerprints"].get(split)
+    if fingerprint:
+        path = catalog.find(root, fingerprint)
+        if path is None:
+            raise Refused(f"run {run.path.name} needs cache {fingerprint[:12]} ({split}), which is gone from {root}; {again}")
+        return store.open(path)
+    siblings = [
+        item.path
+        for item in catalog.listing(root)
+        if isinstance(item, Found)
+        and recipe.family(item.manifest.recipe) == recipe.family(made)
+        and item.manifest.recipe["data"]["split"] == split
+        and item.manifest.about["task"] == run.task.name
+    ]
+    if len(siblings) != 1:
+        known = ", ".join([*run.told["fingerprints"], *run.task.unlabelled])
+        raise Refused(f"{len(siblings)} caches of split {split!r} match run {run.path.name} (splits: {known}); {again}")
+    return store.open(siblings[0])

@@ -1,0 +1,210 @@
+"""Stage two: train a READ from the cache, score it beside the majority class and a linear probe, save the run."""
+
+import importlib
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import store
+from pipeline import runs
+from pipeline.config import Extract, Train
+from pipeline.lookup import look
+from pipeline.show import Show, duration, size
+from stages import baselines, tasks
+from stages.depths import Depths
+from stages.device import pick
+from stages.evaluate import say, score
+from stages.heads import check_pool
+from stages.loader import Loader
+from stages.metrics import scores
+from stages.read import CELLS
+from stages.selection import check as check_tokens
+from stages.tasks import Task
+from stages.train import Schedule, hold_out, train
+from store import Cache
+from store.codecs import codec
+from store.errors import Refused
+
+EVALUATION_BATCH = 256
+
+
+def run(config: Train, show: Show) -> dict[str, Any]:
+    """The command `train`."""
+    task, device = check(config), pick(config.device)
+    seconds: dict[str, float] = {}
+    with _Clock(seconds, "extract"):
+        caches = _caches(config, task, show)
+    train_cache = caches[task.train]
+    recipe = train_cache.manifest.recipe
+    pool = check_pool(config.pool, recipe["tokens"])
+    task, labels = _labels(task, caches)
+    fit, choose = hold_out(labels[task.train], config.schedule.hold_out, config.seed)
+    if task.kind == "classification" and len(np.unique(labels[task.train][fit])) < 2:
+        only = task.classes[labels[task.train][fit][0]] if task.classes else ""
+        raise Refused(f"every training label is {only!r}: there is nothing to tell apart; raise LIMIT, or mend the data")
+
+    shape = _shape(config, task, pool, train_cache)
+    torch.manual_seed(config.seed)
+    head = runs.build(shape)
+    if task.kind == "regression":
+        head.standardise(labels[task.train][fit])
+    head.to(device)
+    parameters = {"read": _count(head.read), "head": _count(head) - _count(head.read)}
+    show.line(
+        f"{task.name}: {len(fit):,} examples train, {len(choose):,} ({config.schedule.hold_out:.0%} of train, seeded) choose the epoch; "
+        f"READ({shape['width']}, {shape['hidden']}, {shape['cell']}) {parameters['read']:,} parameters, head {parameters['head']:,}"
+    )
+
+    def load(cache: Cache, examples: np.ndarray, known: np.ndarray, batch: int = EVALUATION_BATCH) -> Loader:
+        return Loader(cache, examples, known, batch, device)
+
+    schedule = Schedule(
+        config.epochs, config.lr, config.schedule.weight_decay, config.schedule.warmup, config.schedule.clip,
+        config.schedule.patience, config.seed,
+    )  # fmt: skip
+    choosing = load(train_cache, choose, labels[task.train])
+    with _Clock(seconds, "train"):
+        fitting = load(train_cache, fit, labels[task.train], config.batch)
+        outcome = train(head, task, fitting, choosing, schedule, lambda line: show.line(_epoch(line)))
+        head.load_state_dict(outcome.weights)
+    evaluation = {split: load(caches[split], labelled(labels[split]), labels[split]) for split in task.evaluation}
+    with _Clock(seconds, "evaluate"):
+        metrics = {split: score(task, say(head, loader)) for split, loader in evaluation.items()}
+    with _Clock(seconds, "baselines"):
+        depths = Depths.of(shape["states"])
+        seen = {split: baselines.features(loader, pool, depths) for split, loader in evaluation.items()}
+        train_seen = baselines.features(load(train_cache, fit, labels[task.train]), pool, depths)
+        choose_seen = baselines.features(choosing, pool, depths)
+        guesses = baselines.linear_probe(task, train_seen, choose_seen, *(x for x, _ in seen.values()))
+        probe = {split: scores(task.metrics, g, y) for (split, (_, y)), g in zip(seen.items(), guesses, strict=True)}
+        plain = {
+            split: scores(task.metrics, baselines.majority(task, train_seen[1], len(y)), y) for split, (_, y) in seen.items()
+        }
+
+    document = {
+        "task": task.name,
+        "fingerprints": {split: cache.fingerprint for split, cache in caches.items()},
+        "metrics": metrics,
+        "majority": plain,
+        "linear_probe": probe,
+        "best_epoch": outcome.epoch,
+        "trainable_parameters": parameters["read"] + parameters["head"],
+        "parameters": parameters,
+        "examples": {"train": len(fit), "choose": len(choose)} | {s: len(loader) for s, loader in evaluation.items()},
+        "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
+        "cache_bytes": sum(cache.manifest.bytes for cache in caches.values()),
+    }
+    told = document | {
+        "config": config.model_dump(mode="json"),
+        "backbone": str(Path(config.backbone).resolve()) if Path(config.backbone).is_dir() else config.backbone,
+        "recipe": recipe,
+        "versions": {name: metadata.version(name) for name in ("torch", "numpy", "scikit-learn", "safetensors")},
+    }  # fmt: skip
+    name = runs.new_name(shape, recipe["tokens"], config.seed)
+    path = runs.save(config.store, task, name, shape, head.cpu(), told, outcome.curve)
+    _report(show, document, path)
+    return {"run": path.name, "path": str(path)} | document
+
+
+def check(config: Train) -> Task:
+    """Refuse what can be refused by name alone; returns the task."""
+    task = tasks.find(config.task)
+    check_tokens(config.tokens)
+    codec(config.codec)
+    if config.cell not in CELLS:
+        raise Refused(f"unknown cell {config.cell!r}; known: {', '.join(CELLS)}")
+    if config.cache is None:
+        check_pool(config.pool, config.tokens)
+    return task
+
+
+def labelled(labels: np.ndarray) -> np.ndarray:
+    """The examples that have a label."""
+    return np.flatnonzero(labels != -1 if labels.dtype.kind == "i" else ~np.isnan(labels))
+
+
+def _caches(config: Train, task: Task, show: Show) -> dict[str, Cache]:
+    """The caches of train and the evaluation splits: found, or extracted."""
+    looked = look(config, task)
+    paths = looked.caches
+    if paths is None and config.no_extract:
+        near = f"; near: {'; '.join(looked.near)}" if looked.near else ""
+        raise Refused(f"no cache under {config.store} matches task {task.name}, and --no-extract forbids to make one{near}")
+    if paths is None:
+        for line in looked.near:
+            show.line(f"not used: {line}")
+        wanted = config.model_copy(update={"splits": ",".join((task.train, *task.evaluation))})
+        # only now is the backbone's side needed: where the cache is there, transformers need not be
+        extract = importlib.import_module("pipeline.commands.extract")
+        stage_one = Extract(**{name: getattr(wanted, name) for name in Extract.model_fields})
+        made = extract.run(stage_one, show)["splits"]
+        paths = {split: config.store / "caches" / said["fingerprint"] for split, said in made.items()}
+    elif looked.unchecked:
+        show.line(f"not compared with the cache: {'; '.join(looked.unchecked)}; the cache was chosen by the names in its manifest")
+    caches = {split: store.open(path) for split, path in paths.items()}
+    for split, cache in caches.items():
+        show.line(f"{split}: cache {cache.fingerprint[:12]}, {cache.manifest.counts['examples']:,} examples, {size(cache.manifest.bytes)}")
+    return caches
+
+
+def _labels(task: Task, caches: dict[str, Cache]) -> tuple[Task, dict[str, np.ndarray]]:
+    """The task with its classes named, and the labels of every split from its cache."""
+    columns = {}
+    for split, cache in caches.items():
+        if task.label not in cache.columns():
+            known = ", ".join(cache.columns()) or "none"
+            raise Refused(f"cache {cache.fingerprint[:12]} ({split}) carries no column {task.label!r}; it carries {known}")
+        columns[split] = cache.column(task.label)
+    task = tasks.with_classes(task, columns[task.train][1], f"cache {caches[task.train].fingerprint[:12]}")
+    found = {s: tasks.labels(task, *columns[s], f"cache {caches[s].fingerprint[:12]}, split {s}") for s in columns}
+    for split in task.evaluation:
+        if not len(labelled(found[split])):
+            raise Refused(f"split {split} of {task.name} has no labels: it cannot be scored")
+    return task, found
+
+
+def _shape(config: Train, task: Task, pool: str, cache: Cache) -> runs.Shape:
+    read = config.read
+    return {
+        "width": cache.manifest.counts["width"], "hidden": config.hidden, "cell": config.cell, "aggregate": read.aggregate,
+        "initial": read.initial, "scale_in": read.scale_in, "scale_out": read.scale_out, "pool": pool,
+        "outputs": task.outputs, "dropout": read.dropout, "states": cache.states,
+    }  # fmt: skip
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _epoch(line: dict[str, Any]) -> str:
+    chosen = "  ".join(f"{name} {value:.4f}" for name, value in line["choose"].items())
+    return f"epoch {line['epoch']:>2}  loss {line['loss']:.4f}  choosing part: {chosen}  {line['seconds']:.1f} s"
+
+
+def _report(show: Show, document: dict[str, Any], path: Path) -> None:
+    rows = [
+        [split, metric, document["majority"][split][metric], document["linear_probe"][split][metric], value]
+        for split, values in document["metrics"].items()
+        for metric, value in values.items()
+    ]
+    show.table(["split", "metric", "majority", "linear probe", "READ"], rows)
+    spent = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in document["seconds"].items())
+    show.line(f"cache {size(document['cache_bytes'])}; {spent}; best epoch {document['best_epoch']}")
+    show.line(f"run {path.name} saved at {path}")
+
+
+class _Clock:
+    """Seconds of one phase."""
+
+    def __init__(self, into: dict[str, float], phase: str) -> None:
+        self.into, self.phase = into, phase
+
+    def __enter__(self) -> None:
+        self.begun = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.into[self.phase] = time.perf_counter() - self.begun

@@ -1,0 +1,202 @@
+"""What a user may say to each command: one frozen model a command, a docstring under each field.
+
+The command line, the YAML file (`--config`) and `--set a.b=c` all end here. Defaults < YAML < --set < options.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stages.tasks import explain
+from store.errors import Refused
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Catalog(_Frozen):
+    """Caches and runs under STORE."""
+
+    store: Path = Path("cache")
+    """folder of caches and runs"""
+
+
+class _OnDevice(Catalog):
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda, cuda:1, mps"""
+
+
+class Plan(_OnDevice):
+    """What stage one would do: examples, tokens, exact bytes, free disk, estimated time; hit or miss."""
+
+    task: str = "demo"
+    """name of a task (demo, or one of GLUE's), or the path of a .yaml file that describes your own"""
+    backbone: str = "minilm"
+    """minilm (embedded), the folder of a checkpoint, or a hub id"""
+    data: Path | None = None
+    """folder with <task>/<split>.parquet, .csv or .jsonl; where left out: the hub, or the task's own files"""
+    tokens: str = "mean"
+    """which tokens of an example are kept: all, first, last, or their mean"""
+    layers: str = "all"
+    """which depths are kept: all, or numbers and ranges such as 0,2,4-6 (0 is the embedding)"""
+    codec: str = "bf16"
+    """how states are stored: fp32 or bf16"""
+    max_length: Annotated[int, Field(ge=2)] = 128
+    """longest input, in tokens; longer ones are cut"""
+    limit: Count | None = None
+    """examples a split, a seeded sample; where left out: all"""
+    order_seed: Annotated[int, Field(ge=0)] = 0
+    """seed of the cache's order on disk and of LIMIT's sample; part of the recipe, unlike --seed"""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """seed of training (weights, order of batches, held-out part); no part of a cache"""
+    splits: str | None = None
+    """comma-separated splits; where left out: every split that the task has"""
+
+
+class Extract(Plan):
+    """Stage one: run the frozen backbone once and write its states to the cache."""
+
+    dask: str | None = None
+    """address of a dask scheduler whose workers share STORE, such as tcp://host:8786; where left out: this process"""
+
+
+class ReadOptions(_Frozen):
+    """Less common choices of READ, for the YAML file and --set read.…"""
+
+    aggregate: Literal["mean", "last"] = "mean"
+    """of READ's states over depth"""
+    initial: Literal["zero", "embedding"] = "zero"
+    """READ's first state"""
+    scale_in: float = 1.0
+    """s_in: scale of the normed inputs"""
+    scale_out: float = 1.0
+    """s_out: scale of the correction"""
+    dropout: Share = 0.1
+    """in the head"""
+
+
+class ScheduleOptions(_Frozen):
+    """Less common choices of training, for the YAML file and --set schedule.…"""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """of matrices, per AdamW"""
+    warmup: Share = 0.06
+    """share of training over which the learning rate rises"""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """largest norm of the gradient"""
+    patience: Count = 3
+    """epochs without a better score before training stops"""
+    hold_out: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    """share of the train split that chooses the epoch and is not trained on"""
+
+
+class Train(Extract):
+    """Stage two: train a READ from the cache; extracts first only what is missing."""
+
+    cell: str = "gru"
+    """READ's cell: rnn, gru or lstm"""
+    hidden: Count = 256
+    """READ's width H"""
+    pool: str | None = None
+    """rows to one vector: attention, mean, first or last, as the token rule allows; where left out: its default"""
+    epochs: Count = 10
+    """at most; training stops early without progress"""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """peak learning rate"""
+    batch: Count = 32
+    """examples a step"""
+    cache: str | None = None
+    """prefix of a fingerprint, to choose where several caches match"""
+    no_extract: bool = False
+    """fail rather than extract what is missing"""
+    read: ReadOptions = ReadOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+
+
+class _OfRun(_OnDevice):
+    run: str | None = None
+    """name of a run (or the start of it), or its folder"""
+    task: str | None = None
+    """task of the run, where its name alone is not unique"""
+    split: str | None = None
+    """split in the cache"""
+
+
+class Evaluate(_OfRun):
+    """Scores of a saved run on a split, from the cache; where SPLIT is left out: the splits it was scored on."""
+
+    batch: Count = 256
+    """examples at a time"""
+
+
+class Predict(_OfRun):
+    """Labels for new text with a saved run, or for a split of the cache (--split test)."""
+
+    text: str | None = None
+    """a text"""
+    text_pair: str | None = None
+    """the second text, where the task takes pairs"""
+    file: Path | None = None
+    """.jsonl file, a line an example, with the task's text columns"""
+    backbone: str | None = None
+    """where the run's backbone lies now, if it moved"""
+
+
+COMMANDS: dict[str, type[_Frozen]] = {
+    "plan": Plan, "extract": Extract, "train": Train, "evaluate": Evaluate, "predict": Predict, "catalog": Catalog,
+}  # fmt: skip
+
+C = TypeVar("C", bound=_Frozen)
+
+
+def build(model: type[C], file: Path | None, sets: list[str], options: Mapping[str, Any]) -> C:
+    """A command's configuration. Raises Refused in one line for an unknown key or an impossible value.
+
+    A YAML file may serve several commands: each takes what is its own, and a key that none knows is refused.
+    """
+    said: dict[str, Any] = _file(file) if file else {}
+    for item in sets:
+        path, equals, value = item.partition("=")
+        if not equals:
+            raise Refused(f"--set {item}: give key=value, such as schedule.clip=0.5")
+        *groups, last = path.split(".")
+        inner = said
+        for group in groups:
+            inner = inner.setdefault(group, {})
+            if not isinstance(inner, dict):
+                raise Refused(f"--set {item}: {group} is a value, not a group")
+        inner[last] = yaml.safe_load(value)
+    known = {name for command in COMMANDS.values() for name in command.model_fields}
+    for name in said:
+        if name not in known:
+            raise Refused(f"unknown key {name!r}; known: {', '.join(sorted(known))}")
+    mine = {name: value for name, value in said.items() if name in model.model_fields}
+    try:
+        return model(**mine | {name: value for name, value in options.items() if value is not None})
+    except ValidationError as error:
+        raise Refused(_explain(error, model)) from None
+
+
+def _explain(error: ValidationError, model: type[_Frozen]) -> str:
+    group = error.errors()[0]["loc"][0]
+    inner = {"read": ReadOptions, "schedule": ScheduleOptions}.get(str(group), model)
+    return explain(error, inner)
+
+
+def _file(path: Path) -> dict[str, Any]:
+    try:
+        said = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise Refused(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(said, dict):
+        raise Refused(f"--config {path} holds no fields")
+    return {str(name): value for name, value in said.items()}

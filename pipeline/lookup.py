@@ -1,0 +1,95 @@
+"""Which caches in the store are the ones that a training run means, without loading backbone, tokenizer or data."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline import recipe
+from pipeline.config import Train
+from stages import sources
+from stages.tasks import Task
+from store import catalog
+from store.catalog import Found
+from store.errors import Refused
+from store.fingerprint import canonical
+
+_BY_HAND = "choose one with CACHE=<fingerprint prefix>"
+
+
+class Looked(NamedTuple):
+    """What was found."""
+
+    caches: dict[str, Path] | None
+    """split -> cache; None where one is missing"""
+    near: list[str]
+    """for a message: caches of the same task, and in what they differ"""
+    unchecked: list[str]
+    """what was not at hand, so that names had to decide"""
+
+
+def look(config: Train, task: Task) -> Looked:
+    """Find the caches of the splits that training needs. Raises Refused where several match."""
+    checkpoint = sources.checkpoint(config.backbone, local=True)
+    digests, reason = _digests(config, task)
+    unchecked = [] if checkpoint else [f"backbone {config.backbone} (its files are not here)"]
+    unchecked += [] if digests else [f"data of {task.name} ({reason})"]
+    names = ({} if checkpoint else {"backbone": Path(config.backbone).name}) | ({} if digests else {"task": task.name})
+    every = [found for found in catalog.listing(config.store) if isinstance(found, Found)]
+    picked = _picked(config, every)
+    families: dict[bytes, dict[str, list[Found]]] = {}
+    near = []
+    for split in (task.train, *task.evaluation):
+        digest = digests.get(split)
+        whole = recipe.known(config, task, split, digest, checkpoint)
+        wanted = recipe.identity(task, split, digest, checkpoint) if picked else whole
+        for found in every:
+            about, theirs = found.manifest.about, found.manifest.recipe
+            if picked and recipe.family(theirs) != recipe.family(picked.manifest.recipe):
+                continue
+            if catalog.agrees(theirs, wanted) and catalog.agrees(about, names):
+                family = families.setdefault(canonical(recipe.family(theirs)), {})
+                family.setdefault(split, []).append(found)
+            elif about.get("task") == task.name and about.get("split") == split:
+                differs = catalog.differences(theirs, wanted) + catalog.differences(about, names)
+                near.append(f"{found.manifest.fingerprint[:12]} ({split}) differs in {'; '.join(differs)}")
+    whole_families = [family for family in families.values() if len(family) == 1 + len(task.evaluation)]
+    if len(whole_families) > 1 or any(len(f) > 1 for family in whole_families for f in family.values()):
+        several = [_describe(found) for family in whole_families for group in family.values() for found in group]
+        raise Refused(f"several caches match task {task.name}; {_BY_HAND}: {'; '.join(several)}")
+    if picked and not whole_families:
+        raise Refused(
+            f"cache {picked.manifest.fingerprint[:12]} does not serve task {task.name}: {_describe(picked)}; "
+            f"{'; '.join(near) or 'its other splits are not there'}; extract again, or choose another"
+        )
+    caches = {split: group[0].path for split, group in whole_families[0].items()} if whole_families else None
+    return Looked(caches, near, unchecked)
+
+
+def _digests(config: Train, task: Task) -> tuple[dict[str, str], str]:
+    """The digests of the data's files by split; none, and why, where they are not at hand."""
+    try:
+        source = sources.data(task, config.data)
+    except Refused as error:
+        if config.data is not None:
+            raise  # a folder was named: what is not in it is a mistake
+        return {}, str(error)
+    found = {split: source.digest(split) for split in source.files}
+    return {split: digest for split, digest in found.items() if digest}, "it comes from the hub"
+
+
+def _picked(config: Train, every: list[Found]) -> Found | None:
+    if config.cache is None:
+        return None
+    found = [item for item in every if item.manifest.fingerprint.startswith(config.cache)]
+    families = {canonical(recipe.family(item.manifest.recipe)) for item in found}
+    if not config.cache or len(families) != 1:
+        known = "; ".join(_describe(item) for item in (found or every)) or "none"
+        raise Refused(f"CACHE={config.cache} names {len(found)} caches under {config.store}; there are: {known}")
+    return found[0]
+
+
+def _describe(found: Found) -> str:
+    about, made = found.manifest.about, found.manifest.recipe
+    told: dict[str, Any] = {"tokens": made["tokens"], "layers": made["layers"], "codec": made["codec"]}
+    told |= {"max_length": made["max_length"], "limit": made["limit"], "order_seed": made["order_seed"]}
+    choices = " ".join(f"{name}={value}" for name, value in told.items() if value is not None)
+    return f"{found.manifest.fingerprint[:12]} {about['task']}/{about['split']} on {about['backbone']} {choices}"

@@ -1,0 +1,129 @@
+"""Runs: a trained head (safetensors), its shape, its scores and its curve in one folder, saved and loaded strictly.
+
+    <root>/runs/<task>/<run>/read_config.json          the head's shape
+    <root>/runs/<task>/<run>/read_model.safetensors    READ and head
+    <root>/runs/<task>/<run>/curve.jsonl               a line an epoch
+    <root>/runs/<task>/<run>/run.json                  task, recipe, fingerprints, configuration, scores, versions; last
+"""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from stages.depths import Depths
+from stages.heads import Head
+from stages.read import READ
+from stages.tasks import Task
+from store import files
+from store.errors import Damaged, Refused
+from store.layout import PLAIN_NAME
+
+Shape = dict[str, Any]
+
+
+class Run(NamedTuple):
+    """A saved run."""
+
+    path: Path
+    told: dict[str, Any]
+    """run.json"""
+
+    @property
+    def task(self) -> Task:
+        """The task as it was when the run was trained: class names and all."""
+        said = self.told["task_definition"]
+        return Task(**{name: _tuples(value) for name, value in said.items()})
+
+
+def build(shape: Shape) -> Head:
+    """A fresh head of that shape: READ's arguments, pool, outputs, dropout, states."""
+    read = READ(
+        shape["width"], shape["hidden"], shape["cell"], shape["aggregate"], shape["initial"], shape["scale_in"], shape["scale_out"]
+    )
+    return Head(read, shape["pool"], shape["width"], shape["outputs"], shape["dropout"], Depths.of(shape["states"]))
+
+
+def save(root: Path, task: Task, name: str, shape: Shape, head: Head, told: dict[str, Any], curve: list[Any]) -> Path:
+    """Write a run's folder beside and rename it into place; returns its path. The name gets a suffix if it is taken."""
+    folder = root / "runs" / task.name / f".{secrets.token_hex(4)}"
+    files.write(folder / "read_config.json", _text(shape))
+    files.write(folder / "read_model.safetensors", safetensors.torch.save(head.state_dict()))
+    files.write(folder / "curve.jsonl", "".join(json.dumps(line) + "\n" for line in curve).encode())
+    for attempt in range(1000):
+        path = folder.with_name(name + (f"-{attempt}" if attempt else ""))
+        if path.exists():
+            continue
+        files.write(folder / "run.json", _text({"run": path.name} | told | {"task_definition": asdict(task)}))
+        try:
+            os.rename(folder, path)
+        except OSError:
+            continue
+        files.sync_folder(path.parent)
+        return path
+    raise Refused(f"{folder.with_name(name)} and 999 more of that name are taken; clean up the runs")
+
+
+def new_name(shape: Shape, tokens: str, seed: int) -> str:
+    """A name that says when and what: 20260131-093000-gru256-mean-s0."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{shape['cell']}{shape['hidden']}-{tokens}-s{seed}"
+
+
+def listing(root: Path) -> Iterator[Run | Damaged]:
+    """Every run under a root; in place of one that cannot be read, why."""
+    for path in sorted((root / "runs").glob("[!.]*/[!.]*/")):
+        try:
+            yield open_run(path)
+        except Damaged as error:
+            yield error
+
+
+def find(root: Path, name: str | None, task: str | None) -> Run:
+    """A run by folder, by name or by the start of its name. Raises Refused with the runs that there are."""
+    if name and (Path(name) / "run.json").is_file():
+        return open_run(Path(name))
+    if name and not PLAIN_NAME.fullmatch(name):
+        raise Refused(f"run {name!r} is neither a run's folder nor a name (letters, digits, _ . -)")
+    paths = sorted((root / "runs").glob(f"{task if task else '[!.]*'}/[!.]*/"))
+    found = [path for path in paths if path.name == name] or [path for path in paths if name and path.name.startswith(name)]
+    if len(found) != 1:
+        known = ", ".join(f"{path.parent.name}/{path.name}" for path in (found or paths)[-8:]) or "none"
+        which = "give RUN=" if not name else f"no run {name!r}" if not found else f"run {name!r} could be several"
+        raise Refused(f"{which}; runs under {root}{f' of task {task}' if task else ''}: {known}")
+    return open_run(found[0])
+
+
+def open_run(path: Path) -> Run:
+    """Read run.json. Raises Damaged where it is missing or torn."""
+    try:
+        told = json.loads((path / "run.json").read_bytes())
+        told["fingerprints"], told["task_definition"], told["recipe"]  # noqa: B018
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"run {path} has no run.json that reads ({type(error).__name__}: {error}); train again") from None
+    return Run(path, told)
+
+
+def load_head(run: Run) -> Head:
+    """The trained head of a run. Raises Damaged where shape and weights do not fit to the last name."""
+    try:
+        head = build(json.loads((run.path / "read_config.json").read_bytes()))
+        head.load_state_dict(safetensors.torch.load_file(run.path / "read_model.safetensors"), strict=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Damaged(f"run {run.path} does not load ({reason}); train again") from None
+    return head.eval()
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _text(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False, default=str) + "\n").encode()

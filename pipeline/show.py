@@ -1,0 +1,108 @@
+"""What a user sees: lines, tables, progress with rate and time left. With --json all of it goes to standard error."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_SECONDS = 5.0
+"""between two lines of progress where there is no terminal, in seconds"""
+
+PLAIN_WIDTH = 200
+"""of a table where there is no terminal, in characters"""
+
+
+class Show:
+    """A place to print to."""
+
+    def __init__(self, to_stderr: bool = False) -> None:
+        """to_stderr: keep standard output free, for the JSON document."""
+        self.console = Console(stderr=to_stderr, soft_wrap=True, highlight=False, markup=False)
+        if not self.console.is_terminal:
+            self.console.width = PLAIN_WIDTH
+
+    def line(self, text: str) -> None:
+        """A line."""
+        self.console.print(text)
+
+    def table(self, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+        """A table; numbers to the right."""
+        table = Table(box=None, pad_edge=False)
+        body = [[_cell(value) for value in row] for row in rows]
+        for index, column in enumerate(columns):
+            right = bool(body) and all(row[index][:1].isdigit() or row[index] in ("", "–") for row in body)
+            table.add_column(column, justify="right" if right else "left", no_wrap=True)
+        for row in body:
+            table.add_row(*row)
+        self.console.print(table)
+
+    @contextmanager
+    def progress(self, what: str, total: int, unit: str) -> Iterator["Meter"]:
+        """Progress over `total` units: a bar on a terminal, otherwise a plain line now and then."""
+        if not self.console.is_terminal:
+            yield Meter(self, what, total, unit, None)
+            return
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=self.console,
+        )  # fmt: skip
+        with bar:
+            yield Meter(self, what, total, unit, bar)
+
+
+class Meter:
+    """Counts units and says how fast, and how much longer."""
+
+    def __init__(self, show: Show, what: str, total: int, unit: str, bar: Progress | None) -> None:
+        self.show, self.what, self.total, self.unit, self.bar = show, what, total, unit, bar
+        self.done, self.skipped = 0, 0
+        self.begun = self.told = time.monotonic()
+        self.task = bar.add_task(what, total=total, unit=unit, rate="") if bar else None
+
+    def skip(self, count: int) -> None:
+        """Units that were there already: they count as done, not as speed."""
+        self.skipped += count
+        self.add(count)
+
+    def add(self, count: int) -> None:
+        """More units are done."""
+        self.done += count
+        spent = max(time.monotonic() - self.begun, 1e-9)
+        rate = (self.done - self.skipped) / spent
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=self.done, rate=f"{rate:,.0f}/s")
+        elif time.monotonic() - self.told >= PLAIN_SECONDS or self.done >= self.total:
+            self.told = time.monotonic()
+            left = duration((self.total - self.done) / rate) if rate > 0 else "?"
+            self.show.line(f"{self.what}  {self.done:,}/{self.total:,} {self.unit}  {rate:,.0f}/s  {left} left")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0:42, 12:05 or 3:07:21."""
+    whole = round(seconds)
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def warn(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr)

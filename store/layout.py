@@ -1,0 +1,150 @@
+"""The format on disk, version 1, as plain data: which arrays there are, and where chunks and rows start.
+
+    zarr.json                                 Zarr v3 group; its attributes say what the cache is
+    <stream>/<name>                           (R, S, D), chunks (C, S, D): `values`, and what else a codec needs
+    examples/start, examples/length           (N,) where an example's rows begin, and how many they are
+    examples/input_ids, token_type_ids        (tokens,) the tokens themselves, ragged
+    examples/offset                           (N + 1,) where an example's tokens begin
+    examples/key                              (N, 16) hash of an example's token ids
+    examples/columns/<column>                 (N,) the other columns of the data set: label, idx, …
+
+Chunks are raw little-endian bytes in C order followed by their crc32c (4 bytes): a chunk file is the array.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import zarr
+from zarr.abc.buffer import Buffer
+from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.storage import MemoryStore
+
+from store.codecs import codec
+
+FORMAT = 1
+CRC_BYTES = 4
+FLAT_CHUNK = 1 << 22
+"""items of one chunk of the arrays under examples/"""
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+"""what a column, a task or a run may be called: it becomes a name on disk"""
+
+
+class Array(NamedTuple):
+    """One Zarr array."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+    names: tuple[str, ...]
+    """of its dimensions"""
+    attributes: dict[str, Any]
+
+    def chunk_bytes(self) -> int:
+        """The size of one chunk file, in bytes."""
+        return int(np.prod(self.chunks)) * np.dtype(self.dtype).itemsize + CRC_BYTES
+
+    def chunk_count(self) -> int:
+        """Chunks lie along the first axis only."""
+        return -(-self.shape[0] // self.chunks[0])
+
+
+class Placement(NamedTuple):
+    """Where every example's rows lie."""
+
+    chunk_rows: int
+    """C"""
+    first: np.ndarray
+    """(chunks + 1,) the first example of each chunk, and N"""
+    start: np.ndarray
+    """(N,) the example's first row"""
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        return len(self.first) - 1
+
+    @property
+    def rows(self) -> int:
+        """R: stored rows, the empty ones at the end of a chunk included."""
+        return self.chunks * self.chunk_rows
+
+
+def place(lengths: np.ndarray, row_bytes: int, chunk_bytes: int) -> Placement:
+    """Put examples into chunks in order, none across two chunks.
+
+    lengths: (N,) rows of each example, all ≥ 1. Chunks are as even as they can be, and hold about `chunk_bytes` at
+    most, or the longest example.
+    """
+    longest, total = int(lengths.max()), int(lengths.sum())
+    limit = max(longest, chunk_bytes // row_bytes)
+    # n chunks of ceil(total / n) + longest - 1 rows always suffice, since each is left with fewer than `longest` empty rows
+    even = -(-total // -(-total // limit)) + longest - 1
+    rows = min(limit, even, total)
+    ends = np.cumsum(lengths)
+    first = [0]
+    start = np.empty(len(lengths), np.int64)
+    while first[-1] < len(lengths):
+        begin = first[-1]
+        before = int(ends[begin - 1]) if begin else 0
+        end = int(np.searchsorted(ends, before + rows, "right"))
+        start[begin:end] = ends[begin:end] - lengths[begin:end] - before + (len(first) - 1) * rows
+        first.append(end)
+    return Placement(rows, np.array(first, np.int64), start)
+
+
+def state_arrays(stream: str, codec_name: str, placement: Placement, states: list[str], width: int) -> dict[str, Array]:
+    """The arrays that hold a stream's states, by path."""
+    kind = codec(codec_name)
+    return {
+        f"{stream}/{name}": Array(
+            (placement.rows, len(states), width),
+            (placement.chunk_rows, len(states), width),
+            dtype,
+            ("row", "state", "width"),
+            {"codec": codec_name, "meaning": kind.meaning[name], "states": states},
+        )
+        for name, dtype in kind.dtypes.items()
+    }
+
+
+def flat_array(data: np.ndarray, **attributes: Any) -> Array:
+    """The array that holds a table of the examples, whole or in large chunks."""
+    rows = max(1, min(len(data), FLAT_CHUNK))
+    names = ("item", "part")[: data.ndim]
+    return Array(data.shape, (rows, *data.shape[1:]), data.dtype.newbyteorder("<").str, names, attributes)
+
+
+def chunk_path(array: str, number: int, dimensions: int) -> str:
+    """The path of a chunk file in the cache: Zarr's default key encoding with `.`, so that an array is one folder."""
+    return f"{array}/c.{number}" + ".0" * (dimensions - 1)
+
+
+def chunk_paths(arrays: Mapping[str, Array]) -> Iterable[tuple[str, Array]]:
+    """Every chunk file that the arrays have, and the array that it is of."""
+    for path, array in arrays.items():
+        for number in range(array.chunk_count()):
+            yield chunk_path(path, number, len(array.shape)), array
+
+
+def metadata(arrays: Mapping[str, Array], attributes: dict[str, Any]) -> dict[str, bytes]:
+    """Every zarr.json of the group, by path, as zarr itself writes it."""
+    held: dict[str, Buffer] = {}
+    group = zarr.create_group(MemoryStore(held), zarr_format=3, attributes=attributes)
+    for path, array in arrays.items():
+        group.create_array(
+            path,
+            shape=array.shape,
+            chunks=array.chunks,
+            dtype=array.dtype,
+            serializer=BytesCodec(endian="little" if np.dtype(array.dtype).itemsize > 1 else None),
+            compressors=[Crc32cCodec()],
+            filters=None,
+            fill_value=0,
+            chunk_key_encoding={"name": "default", "separator": "."},
+            dimension_names=array.names,
+            attributes=array.attributes,
+        )
+
+    return {path: buffer.to_bytes() for path, buffer in held.items()}

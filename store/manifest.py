@@ -1,0 +1,87 @@
+"""What a finished cache says of itself: `manifest.json`, written last.
+
+A manifest holds nothing of when, where or by whom, so that the same recipe gives the same bytes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from store.errors import Damaged
+from store.files import Receipt
+from store.fingerprint import canonical, fingerprint
+from store.layout import FORMAT
+
+NAME = "manifest.json"
+_DIGITS = 64
+
+
+class Manifest(NamedTuple):
+    """A cache's own account of itself."""
+
+    recipe: dict[str, Any]
+    """what fixes the content; its hash is the fingerprint"""
+    about: dict[str, Any]
+    """names that fix nothing: task, split, backbone, versions"""
+    counts: dict[str, int]
+    """examples, rows (kept tokens), tokens"""
+    objects: dict[str, Receipt]
+    """every file but the manifest: path -> size in bytes, sha256"""
+
+    @property
+    def fingerprint(self) -> str:
+        """The recipe's hash."""
+        return fingerprint(self.recipe)
+
+    @property
+    def bytes(self) -> int:
+        """The size of the whole cache on disk, the manifest included, in bytes."""
+        return sum(item.size for item in self.objects.values()) + len(dump(self))
+
+
+def dump(manifest: Manifest) -> bytes:
+    """The text of manifest.json. Its length depends on names and sizes only, never on digests."""
+    body = {
+        "format": FORMAT,
+        "fingerprint": manifest.fingerprint,
+        "recipe": manifest.recipe,
+        "about": manifest.about,
+        "counts": manifest.counts,
+        "objects": {path: {"size": r.size, "sha256": r.sha256} for path, r in sorted(manifest.objects.items())},
+    }
+    body["digest"] = hashlib.sha256(canonical(body)).hexdigest()
+    return (json.dumps(body, indent=1, ensure_ascii=True) + "\n").encode()
+
+
+def planned(
+    recipe: dict[str, Any], about: dict[str, Any], counts: dict[str, int], sizes: Mapping[str, int]
+) -> Manifest:
+    """The manifest that a cache will have, its digests still open: for the exact size before anything is spent."""
+    return Manifest(recipe, about, counts, {path: Receipt(size, "0" * _DIGITS) for path, size in sizes.items()})
+
+
+def load(folder: Path) -> Manifest:
+    """Read a cache's manifest. Raises Damaged where it is missing, altered, or of another format."""
+    path = folder / NAME
+    again = f"remove {folder} and extract again"
+    try:
+        body = json.loads(path.read_bytes())
+        told, told_format = body.pop("digest"), body["format"]
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing: {folder} is no cache, or one that lost its manifest; {again}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{path} is not a manifest ({type(error).__name__}: {error}); {again}") from None
+    if told_format != FORMAT:
+        raise Damaged(f"{path} has format {told_format!r}, this version reads {FORMAT}; use a matching readcache or {again}")
+    try:
+        found = hashlib.sha256(canonical(body)).hexdigest()
+        objects = {path: Receipt(item["size"], item["sha256"]) for path, item in body["objects"].items()}
+        manifest = Manifest(body["recipe"], body["about"], body["counts"], objects)
+        same = found == told and body["fingerprint"] == manifest.fingerprint
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path} is not a manifest ({type(error).__name__}: {error}); {again}") from None
+    if not same:
+        raise Damaged(f"{path} was altered: its digest is {found[:12]}…, it says {str(told)[:12]}…; {again}")
+    return manifest

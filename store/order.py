@@ -1,0 +1,37 @@
+"""Seeded orders of examples and chunks. Pure: the same arguments give the same order on every machine and numpy."""
+
+import numpy as np
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014): a bijection of 64-bit integers that looks random."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def shuffled(count: int, *seeds: int) -> np.ndarray:
+    """A permutation (count,) int64 of 0 … count-1, a function of the seeds alone."""
+    with np.errstate(over="ignore"):
+        state = np.zeros(1, np.uint64)
+        for seed in seeds:
+            state = _mix(state + np.uint64(seed % 2**64) + np.uint64(0x9E3779B97F4A7C15))
+        keys = _mix(state + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return np.argsort(keys, kind="stable")
+
+
+def windows(chunk: np.ndarray, examples: np.ndarray, per_window: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """One epoch: every one of `examples` exactly once, in windows of whole chunks.
+
+    Chunks are taken in a seeded order, `per_window` at a time; the examples of a window are shuffled among
+    themselves. With per_window at the number of chunks or above, the order is fully random.
+
+    chunk: (N,) the chunk in which each example lies. examples: which examples take part.
+    """
+    used = np.unique(chunk[examples])
+    rank = np.full(int(chunk.max()) + 1, -1)
+    rank[used] = shuffled(len(used), seed, epoch, 0).argsort()
+    window = rank[chunk[examples]] // per_window
+    mixed = shuffled(len(examples), seed, epoch, 1)
+    window, examples = window[mixed], examples[mixed]
+    return [examples[window == w] for w in range(int(window.max()) + 1)]

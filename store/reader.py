@@ -1,0 +1,185 @@
+"""Open a cache and give its chunks and its examples. Not order, batches or torch.
+
+Opening checks every object of the manifest for presence and size and the small ones for their digest; reading a
+chunk checks its crc32c. A missing or altered byte raises Damaged; it never reads as zeros.
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from store import files, layout, manifest
+from store.codecs import codec
+from store.errors import Damaged
+from store.layout import Array
+from store.manifest import Manifest
+
+_DTYPES = {"uint8": "|u1", "uint16": "<u2", "int32": "<i4", "int64": "<i8", "float32": "<f4", "float64": "<f8"}
+
+
+class Cache:
+    """One published cache, open for reading."""
+
+    def __init__(self, path: Path, described: Manifest, arrays: dict[str, Array]) -> None:
+        self.path = path
+        self.manifest = described
+        self.arrays = arrays
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of the recipe, 64 hex digits."""
+        return self.manifest.fingerprint
+
+    @property
+    def states(self) -> list[str]:
+        """What each index of the state axis means, (S,)."""
+        return list(self.manifest.recipe["states"])
+
+    @property
+    def streams(self) -> list[str]:
+        """What the backbone gave: `encoder`."""
+        return sorted({path.split("/")[0] for path in self.arrays} - {"examples"})
+
+    @cached_property
+    def start(self) -> np.ndarray:
+        """(N,) int64: each example's first row."""
+        return self.table("start")
+
+    @cached_property
+    def length(self) -> np.ndarray:
+        """(N,) int64: each example's rows."""
+        return self.table("length")
+
+    @cached_property
+    def chunk_of(self) -> np.ndarray:
+        """(N,) int64: the chunk in which each example lies, whole."""
+        return self.start // self.chunk_rows
+
+    @property
+    def values(self) -> Array:
+        """The array of a stream's states."""
+        return self.arrays[f"{self.streams[0]}/values"]
+
+    @property
+    def chunk_rows(self) -> int:
+        """C."""
+        return self.values.chunks[0]
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the states have."""
+        return self.values.chunk_count()
+
+    def chunk(self, number: int, stream: str = "encoder") -> dict[str, np.ndarray]:
+        """One chunk of a stream as it is stored: array name -> (C, S, D), read-only."""
+        prefix = f"{stream}/"
+        found = {path: array for path, array in self.arrays.items() if path.startswith(prefix)}
+        return {path.removeprefix(prefix): self._read(path, number) for path in found}
+
+    def rows(self, example: int, stream: str = "encoder") -> np.ndarray:
+        """An example's states, decoded: (its rows, S, D) float32. For a look at a few; training has its own path."""
+        local = int(self.start[example]) % self.chunk_rows
+        stored = self.chunk(int(self.chunk_of[example]), stream)
+        part = {name: block[local : local + int(self.length[example])] for name, block in stored.items()}
+        return codec(self.manifest.recipe["codec"]).decode(part)
+
+    def table(self, name: str) -> np.ndarray:
+        """A whole array under examples/."""
+        path = f"examples/{name}"
+        array = self.arrays[path]
+        parts = [self._read(path, number) for number in range(array.chunk_count())]
+        return np.concatenate(parts)[: array.shape[0]]
+
+    def columns(self) -> list[str]:
+        """The data set's other columns that the cache carries."""
+        prefix = "examples/columns/"
+        return [path.removeprefix(prefix) for path in self.arrays if path.startswith(prefix)]
+
+    def column(self, name: str) -> tuple[np.ndarray, list[Any] | None]:
+        """A column (N,), and its distinct values if it has few.
+
+        A column of text is stored as positions in its distinct values, -1 where there was none.
+        """
+        return self.table(f"columns/{name}"), self.arrays[f"examples/columns/{name}"].attributes.get("values")
+
+    def _read(self, path: str, number: int) -> np.ndarray:
+        array = self.arrays[path]
+        place = layout.chunk_path(path, number, len(array.shape))
+        data = _bytes(self.path, place, array.chunk_bytes())
+        raw, told = data[: -layout.CRC_BYTES], data[-layout.CRC_BYTES :]
+        found = google_crc32c.value(raw).to_bytes(layout.CRC_BYTES, "little")
+        if found != told:
+            raise _damaged(self.path, place, f"its crc32c is {found.hex()}, it says {told.hex()}")
+        return np.frombuffer(raw, array.dtype).reshape(array.chunks)
+
+
+def open(path: Path | str) -> Cache:
+    """Open a published cache, with all checks.
+
+    Raises Damaged where an object is missing, has another size, or (tables and metadata) another digest.
+    """
+    folder = Path(path)
+    described = manifest.load(folder)
+    for place, receipt in described.objects.items():
+        _check_place(folder, place)
+        size = _size(folder, place)
+        if size != receipt.size:
+            raise _damaged(folder, place, f"it has {size} bytes, the manifest says {receipt.size}")
+        if place.startswith("examples/") or place.endswith("zarr.json"):
+            found = files.sha256(folder / place)
+            if found != receipt.sha256:
+                raise _damaged(folder, place, f"its sha256 is {found[:12]}…, the manifest says {receipt.sha256[:12]}…")
+    arrays = {
+        place.removesuffix("/zarr.json"): _array(folder, place)
+        for place in described.objects
+        if place.endswith("/zarr.json") and json.loads((folder / place).read_bytes())["node_type"] == "array"
+    }
+    for place, array in layout.chunk_paths(arrays):
+        if place not in described.objects or described.objects[place].size != array.chunk_bytes():
+            raise _damaged(folder, place, f"the metadata ask for {array.chunk_bytes()} bytes, the manifest has none such")
+    return Cache(folder, described, arrays)
+
+
+def _check_place(folder: Path, place: str) -> None:
+    if place.startswith("/") or ".." in place.split("/") or (folder / place).is_symlink():
+        raise _damaged(folder, place, "a path may not leave its cache")
+
+
+def _size(folder: Path, place: str) -> int:
+    try:
+        return (folder / place).stat().st_size
+    except OSError as error:
+        raise _damaged(folder, place, f"it cannot be read ({error.strerror})") from None
+
+
+def _bytes(folder: Path, place: str, size: int) -> bytes:
+    try:
+        data = (folder / place).read_bytes()
+    except OSError as error:
+        raise _damaged(folder, place, f"it cannot be read ({error.strerror})") from None
+    if len(data) != size:
+        raise _damaged(folder, place, f"it has {len(data)} bytes, the manifest says {size}")
+    return data
+
+
+def _array(folder: Path, place: str) -> Array:
+    """An array's metadata, of the kind that this format writes and no other."""
+    text = json.loads((folder / place).read_bytes())
+    codecs = [item["name"] for item in text["codecs"]]
+    if text["zarr_format"] != 3 or text["data_type"] not in _DTYPES or codecs != ["bytes", "crc32c"]:
+        raise _damaged(folder, place, f"format 1 has no {text['data_type']} with codecs {codecs}")
+    return Array(
+        tuple(text["shape"]),
+        tuple(text["chunk_grid"]["configuration"]["chunk_shape"]),
+        _DTYPES[text["data_type"]],
+        tuple(text["dimension_names"]),
+        text["attributes"],
+    )
+
+
+def _damaged(folder: Path, place: str, what: str) -> Damaged:
+    return Damaged(f"damaged cache: {folder / place}: {what}; remove {folder} and extract again")
