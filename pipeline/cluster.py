@@ -22,7 +22,9 @@ def run_parts(build: Callable[[P], R], parts: Iterable[P], scheduler: str | None
     try:
         client = Client(scheduler, timeout=10)
     except (OSError, ValueError) as error:
-        raise Refused(f"dask scheduler {scheduler} does not answer ({type(error).__name__}); start one, or leave DASK out") from None
+        raise Refused(
+            f"dask scheduler {scheduler} does not answer ({type(error).__name__}); start one, or leave DASK out"
+        ) from None
     with client:
         for _, result in as_completed(client.map(build, list(parts), pure=False), with_results=True):
             yield result

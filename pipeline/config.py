@@ -186,8 +186,8 @@ def build(model: type[C], file: Path | None, sets: list[str], options: Mapping[s
 
 def _explain(error: ValidationError, model: type[_Frozen]) -> str:
     group = error.errors()[0]["loc"][0]
-    inner = {"read": ReadOptions, "schedule": ScheduleOptions}.get(str(group), model)
-    return explain(error, inner)
+    groups: dict[str, type[_Frozen]] = {"read": ReadOptions, "schedule": ScheduleOptions}
+    return explain(error, groups.get(str(group), model))
 
 
 def _file(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The recipe of a cache: all that fixes the states of its inputs, and nothing else. Its hash is the fingerprint."""
 
 from importlib import metadata
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.config import Plan
 from stages import depths
@@ -14,15 +14,6 @@ CHUNK_BYTES = 16 << 20
 """about the size of a chunk, in bytes"""
 
 Recipe = dict[str, Any]
-
-
-class Anatomy(Protocol):
-    """What the recipe takes of `stages.backbone.Anatomy`, whose module loads transformers."""
-
-    kind: str
-    depth: int
-    final: bool
-    attention: str
 
 
 def known(config: Plan, task: Task, split: str, digest: str | None, checkpoint: Checkpoint | None) -> Recipe:
@@ -52,14 +43,16 @@ def identity(task: Task, split: str, digest: str | None, checkpoint: Checkpoint 
     return {"data": data} | ({"backbone": model} if model else {}) | tokenizer
 
 
-def complete(recipe: Recipe, anatomy: Anatomy, states: list[str], dtype: str) -> Recipe:
-    """The whole recipe: what is known, and what only the backbone's own code can say."""
-    everything = depths.names("all", anatomy.depth, anatomy.final)
+def complete(recipe: Recipe, kind: str, states: list[str], everything: bool, attention: str, dtype: str) -> Recipe:
+    """The whole recipe: what is known, and what only the backbone's own code can say.
+
+    kind: of backbone. states: that are kept, (S,). everything: whether these are all that there are.
+    """
     return recipe | {
-        "backbone": recipe["backbone"] | {"kind": anatomy.kind},
+        "backbone": recipe["backbone"] | {"kind": kind},
         "states": states,
-        "layers": "all" if states == everything else recipe["layers"],
-        "compute": {"dtype": dtype, "attention": anatomy.attention},
+        "layers": "all" if everything else recipe["layers"],
+        "compute": {"dtype": dtype, "attention": attention},
     }
 
 

@@ -1,9 +1,9 @@
 """Runs: a trained head (safetensors), its shape, its scores and its curve in one folder, saved and loaded strictly.
 
-    <root>/runs/<task>/<run>/read_config.json          the head's shape
-    <root>/runs/<task>/<run>/read_model.safetensors    READ and head
-    <root>/runs/<task>/<run>/curve.jsonl               a line an epoch
-    <root>/runs/<task>/<run>/run.json                  task, recipe, fingerprints, configuration, scores, versions; last
+<root>/runs/<task>/<run>/read_config.json          the head's shape
+<root>/runs/<task>/<run>/read_model.safetensors    READ and head
+<root>/runs/<task>/<run>/curve.jsonl               a line an epoch
+<root>/runs/<task>/<run>/run.json                  task, recipe, fingerprints, configuration, scores, versions; last
 """
 
 import json
@@ -46,7 +46,13 @@ class Run(NamedTuple):
 def build(shape: Shape) -> Head:
     """A fresh head of that shape: READ's arguments, pool, outputs, dropout, states."""
     read = READ(
-        shape["width"], shape["hidden"], shape["cell"], shape["aggregate"], shape["initial"], shape["scale_in"], shape["scale_out"]
+        shape["width"],
+        shape["hidden"],
+        shape["cell"],
+        shape["aggregate"],
+        shape["initial"],
+        shape["scale_in"],
+        shape["scale_out"],
     )
     return Head(read, shape["pool"], shape["width"], shape["outputs"], shape["dropout"], Depths.of(shape["states"]))
 
@@ -104,9 +110,11 @@ def open_run(path: Path) -> Run:
     """Read run.json. Raises Damaged where it is missing or torn."""
     try:
         told = json.loads((path / "run.json").read_bytes())
-        told["fingerprints"], told["task_definition"], told["recipe"]  # noqa: B018
+        missing = {"fingerprints", "task_definition", "recipe", "metrics", "config", "backbone"} - set(told)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"run {path} has no run.json that reads ({type(error).__name__}: {error}); train again") from None
+    if missing:
+        raise Damaged(f"run {path}: run.json has no {', '.join(sorted(missing))}; train again")
     return Run(path, told)
 
 

@@ -48,8 +48,8 @@ class Show:
             yield Meter(self, what, total, unit, None)
             return
         bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
-            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=self.console,
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            TextColumn("{task.fields[unit]} {task.fields[rate]}"), TimeRemainingColumn(), console=self.console,
         )  # fmt: skip
         with bar:
             yield Meter(self, what, total, unit, bar)

@@ -22,8 +22,8 @@ from store.errors import Refused
 KINDS = {"encoder": "BERT, RoBERTa, DistilBERT, ALBERT, ELECTRA, DeBERTa, ModernBERT, MPNet, …"}
 """kind of backbone -> examples; decoder, encoder-decoder and image are yet to come"""
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def describe(path: Path, name: str) -> Anatomy:
     # shapes alone suffice (`meta`); a few models look at the values of their inputs and need real memory
     for device, masked in (("meta", False), ("meta", True), ("cpu", True)):
         with torch.device(device), torch.random.fork_rng([]):
-            model = AutoModel.from_config(config).eval()
+            model = AutoModel.from_config(config).eval()  # type: ignore[no-untyped-call]
             ids = torch.ones(1, 4, dtype=torch.long)
         try:
             blocks, final, width = _trace(model, ids, torch.ones_like(ids) if masked else None, depth)

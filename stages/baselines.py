@@ -42,11 +42,7 @@ def linear_probe(
     scaler = StandardScaler().fit(train[0])
     fitted = []
     for strength in STRENGTHS:
-        model = (
-            Ridge(alpha=1 / strength)
-            if task.kind == "regression"
-            else LogisticRegression(C=strength, max_iter=300, tol=1e-3)
-        )
+        model = Ridge(alpha=1 / strength) if task.kind == "regression" else LogisticRegression(C=strength, max_iter=300, tol=1e-3)
         model.fit(scaler.transform(train[0]), train[1])
         score = scores(task.metrics[:1], model.predict(scaler.transform(choose[0])), choose[1])[task.metrics[0]]
         fitted.append((score, model))

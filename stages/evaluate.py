@@ -14,7 +14,7 @@ from stages.tasks import Task
 class Said(NamedTuple):
     """A head's word on n examples."""
 
-    index: np.ndarray
+    place: np.ndarray
     """(n,) the examples' places in the cache"""
     outputs: np.ndarray
     """(n, K) probabilities, or (n, 1) predictions in the labels' unit"""
@@ -35,13 +35,13 @@ def outputs(head: Head, logits: torch.Tensor) -> torch.Tensor:
 def say(head: Head, loader: Loader) -> Said:
     """Run a head over a loader, in order, without dropout."""
     head.eval()
-    index, found, labels = [], [], []
+    places, found, labels = [], [], []
     with torch.inference_mode():
         for batch in loader.in_order():
-            index.append(batch.index)
+            places.append(batch.place)
             found.append(outputs(head, head(batch)).cpu())
             labels.append(batch.labels.cpu())
-    return Said(torch.cat(index).numpy(), torch.cat(found).numpy(), torch.cat(labels).numpy())
+    return Said(torch.cat(places).numpy(), torch.cat(found).numpy(), torch.cat(labels).numpy())
 
 
 def score(task: Task, said: Said) -> dict[str, float]:

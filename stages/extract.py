@@ -23,7 +23,8 @@ def chunk(
 ) -> dict[str, np.ndarray]:
     """The states of a run of examples: array path (`encoder/values`) -> (rows, S, D), in the examples' order.
 
-    rule: which tokens are kept. told: called with the number of examples of each batch that is done. Raises Refused where a state is NaN or infinite, naming the examples of its batch.
+    rule: which tokens are kept. told: called with the number of examples of each batch that is done. Raises Refused
+    where a state is NaN or infinite, naming the examples of its batch.
     """
     lengths = tokens.lengths[examples.start : examples.stop]
     rows = kept(lengths, rule)

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     """(B,) int64: an example's first row in this batch"""
     labels: Tensor
     """(B,) int64 classes, or float32; -1 or NaN where there is none"""
-    index: Tensor
+    place: Tensor
     """(B,) int64, on the CPU: the examples' places in the cache"""
 
 

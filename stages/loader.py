@@ -98,7 +98,7 @@ class Loader:
             example=self._move(owner),
             start=self._move(begin),
             labels=self._move(self.labels[examples]),
-            index=torch.from_numpy(examples),
+            place=torch.from_numpy(examples),
         )
 
     def _move(self, values: np.ndarray) -> torch.Tensor:

@@ -69,7 +69,7 @@ def _folder(task: Task, folder: Path) -> Source:
     expects = f"DATA=<dir> expects <dir>/{task.name}/<split>.parquet, .csv or .jsonl, with the columns that the hub has"
     if not folder.is_dir():
         raise Refused(f"DATA={folder} is not a folder; {expects}")
-    found = {}
+    found: dict[str, tuple[Path, ...]] = {}
     for split in (task.train, *task.evaluation, *task.unlabelled):
         tried = [folder / task.name / (split + ending) for ending in READERS]
         there = [path for path in tried if path.is_file()]
@@ -90,7 +90,7 @@ def _package(task: Task, package: str) -> Source:
     files = tuple(sorted(folder.glob("*/*.txt")))
     if not files:
         raise Refused(f"package {package} has no texts under {folder}: install it again")
-    return Source("demo", dict.fromkeys((task.train, *task.evaluation), files), f"the package {package}")
+    return Source("demo", {split: files for split in (task.train, *task.evaluation)}, f"the package {package}")
 
 
 class Checkpoint(NamedTuple):
@@ -130,7 +130,9 @@ def checkpoint(name: str, local: bool) -> Checkpoint | None:
         raise Refused(f"backbone {name}: {path} has no config.json; give a folder that save_pretrained wrote")
     weights = sorted(path.glob(_WEIGHTS))
     if not weights:
-        raise Refused(f"backbone {name}: {path} has no {_WEIGHTS}; pickled weights are not loaded: save them with save_pretrained")
+        raise Refused(
+            f"backbone {name}: {path} has no {_WEIGHTS}; pickled weights are not loaded: save them with save_pretrained"
+        )
     tokenizer = [path / file for file in _TOKENIZER if (path / file).is_file()]
     return Checkpoint(name, path, _digest(weights), remembered_sha256(path / "config.json"), _digest(tokenizer))
 
@@ -169,4 +171,3 @@ def _checkpoint_folder(name: str, local: bool) -> Path | None:
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {next((line for line in str(error).splitlines() if line.strip()), '')}"
-

@@ -169,7 +169,9 @@ def _task(said: _File, path: Path) -> Task:
     for metric in metrics:
         if metric not in METRICS[said.kind]:
             raise Refused(f"task file {path}: unknown metric {metric!r} for {said.kind}; known: {', '.join(METRICS[said.kind])}")
-    if said.classes is not None and (said.kind == "regression" or len({str(c) for c in said.classes}) < max(2, len(said.classes))):
+    if said.classes is not None and (
+        said.kind == "regression" or len({str(c) for c in said.classes}) < max(2, len(said.classes))
+    ):
         raise Refused(f"task file {path}: classes {said.classes} are for classification, two or more, each once")
     files = tuple((split, (paths,) if isinstance(paths, str) else tuple(paths)) for split, paths in (said.files or {}).items())
     splits = [split for split, _ in files] or ["train", "validation", "test"]
@@ -216,7 +218,7 @@ def labels(task: Task, values: np.ndarray, distinct: list[Any] | None, where: st
     if task.kind == "regression":
         if text:
             raise Refused(f"{where}: label column {task.label!r} holds text ({distinct[:3]}…), regression needs numbers")  # type: ignore[index]
-        return values.astype(np.float32)
+        return np.asarray(values, np.float32)
     assert task.classes
     if text:
         numbers = np.array([*(task.classes.index(str(v)) if str(v) in task.classes else -2 for v in distinct or ()), -1])
@@ -235,4 +237,4 @@ def labels(task: Task, values: np.ndarray, distinct: list[Any] | None, where: st
             f"{where}: label {strange!r} in column {task.label!r} is outside the classes {', '.join(task.classes)}; "
             f"correct the data or the task's `classes:`"
         )
-    return found.astype(np.int64)
+    return np.asarray(found, np.int64)

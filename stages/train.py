@@ -85,7 +85,7 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = rate
             batch_loss = head.loss(batch)
-            batch_loss.backward()
+            torch.autograd.backward(batch_loss)
             nn.utils.clip_grad_norm_(head.parameters(), schedule.clip)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

@@ -55,33 +55,29 @@ def dump(manifest: Manifest) -> bytes:
     return (json.dumps(body, indent=1, ensure_ascii=True) + "\n").encode()
 
 
-def planned(
-    recipe: dict[str, Any], about: dict[str, Any], counts: dict[str, int], sizes: Mapping[str, int]
-) -> Manifest:
+def planned(recipe: dict[str, Any], about: dict[str, Any], counts: dict[str, int], sizes: Mapping[str, int]) -> Manifest:
     """The manifest that a cache will have, its digests still open: for the exact size before anything is spent."""
     return Manifest(recipe, about, counts, {path: Receipt(size, "0" * _DIGITS) for path, size in sizes.items()})
 
 
 def load(folder: Path) -> Manifest:
-    """Read a cache's manifest. Raises Damaged where it is missing, altered, or of another format."""
+    """Read a cache's manifest. Raises Damaged where it is missing, altered in any byte, or of another format."""
     path = folder / NAME
     again = f"remove {folder} and extract again"
     try:
-        body = json.loads(path.read_bytes())
-        told, told_format = body.pop("digest"), body["format"]
+        text = path.read_bytes()
+        body = json.loads(text)
+        told = body["format"]
+        if told == FORMAT:
+            objects = {place: Receipt(item["size"], item["sha256"]) for place, item in body["objects"].items()}
+            found = Manifest(body["recipe"], body["about"], body["counts"], objects)
+            same = dump(found) == text
     except FileNotFoundError:
         raise Damaged(f"{path} is missing: {folder} is no cache, or one that lost its manifest; {again}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path} is not a manifest ({type(error).__name__}: {error}); {again}") from None
-    if told_format != FORMAT:
-        raise Damaged(f"{path} has format {told_format!r}, this version reads {FORMAT}; use a matching readcache or {again}")
-    try:
-        found = hashlib.sha256(canonical(body)).hexdigest()
-        objects = {path: Receipt(item["size"], item["sha256"]) for path, item in body["objects"].items()}
-        manifest = Manifest(body["recipe"], body["about"], body["counts"], objects)
-        same = found == told and body["fingerprint"] == manifest.fingerprint
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path} is not a manifest ({type(error).__name__}: {error}); {again}") from None
+    if told != FORMAT:
+        raise Damaged(f"{path} has format {told!r}, this version reads {FORMAT}; use a matching readcache or {again}")
     if not same:
-        raise Damaged(f"{path} was altered: its digest is {found[:12]}…, it says {str(told)[:12]}…; {again}")
-    return manifest
+        raise Damaged(f"{path} was altered: its digest {str(body.get('digest'))[:12]}… is not that of its text; {again}")
+    return found

@@ -109,7 +109,12 @@ def prepare(config: Plan, again: bool = False) -> Planned:
         raise Refused(f"max_length {config.max_length} is above the {longest} tokens that backbone {config.backbone} takes")
     known = {
         split: recipe.complete(
-            recipe.known(config, task, split, source.digest(split), checkpoint), anatomy, states, "float32"
+            recipe.known(config, task, split, source.digest(split), checkpoint),
+            kind=anatomy.kind,
+            states=states,
+            everything=states == depths.names("all", anatomy.depth, anatomy.final),
+            attention=anatomy.attention,
+            dtype="float32",
         )
         for split in wanted(config, task, source)
     }
@@ -153,9 +158,7 @@ def _hit(root: Path, found: recipe.Recipe) -> store.Cache | None:
     return store.open(path) if path else None
 
 
-def _lay_out(
-    config: Plan, task: Task, anatomy: Anatomy, tokenizer: Any, split: inputs.Split, found: recipe.Recipe
-) -> Build:
+def _lay_out(config: Plan, task: Task, anatomy: Anatomy, tokenizer: Any, split: inputs.Split, found: recipe.Recipe) -> Build:
     rows = inputs.order(len(split.dataset), config.limit, config.order_seed)
     tokens = inputs.tokenize(tokenizer, split.dataset, task.text, rows, config.max_length)
     kept = selection.kept(tokens.lengths, config.tokens)
@@ -200,7 +203,9 @@ def check_writable(root: Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise Refused(f"the store {root} cannot be written ({error.strerror}); choose another STORE or see to its rights") from None
+        raise Refused(
+            f"the store {root} cannot be written ({error.strerror}); choose another STORE or see to its rights"
+        ) from None
 
 
 def free_bytes(root: Path) -> int:

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,7 +66,7 @@ def _split(config: Predict, found: Run, head: Head, device: torch.device) -> lis
     cache = cache_of(config.store, found, config.split)
     everything = np.arange(cache.manifest.counts["examples"])
     said = say(head, Loader(cache, everything, np.full(len(everything), -1), EXAMPLES, device))
-    rows = cache.table("row")[said.index]
+    rows = cache.table("row")[said.place]
     order = np.argsort(rows)
     return [{"row": int(row)} | told for row, told in zip(rows[order], _told(found.task, said.outputs[order]), strict=True)]
 
@@ -134,7 +133,11 @@ def _new(config: Predict, found: Run, texts: list[list[str]], head: Head, device
         lengths = torch.from_numpy(kept(tokens.lengths[examples.start : examples.stop], recipe["tokens"])).to(device)
         number = torch.arange(len(examples), device=device)
         batch = Batch(
-            unpack(packed, recipe["codec"]), number.repeat_interleave(lengths), lengths.cumsum(0) - lengths, number * 0 - 1, number
+            unpack(packed, recipe["codec"]),
+            number.repeat_interleave(lengths),
+            lengths.cumsum(0) - lengths,
+            number * 0 - 1,
+            number,
         )
         with torch.inference_mode():
             results.append(outputs(head, head(batch)).cpu().numpy())

@@ -55,8 +55,9 @@ def run(config: Train, show: Show) -> dict[str, Any]:
     head.to(device)
     parameters = {"read": _count(head.read), "head": _count(head) - _count(head.read)}
     show.line(
-        f"{task.name}: {len(fit):,} examples train, {len(choose):,} ({config.schedule.hold_out:.0%} of train, seeded) choose the epoch; "
-        f"READ({shape['width']}, {shape['hidden']}, {shape['cell']}) {parameters['read']:,} parameters, head {parameters['head']:,}"
+        f"{task.name}: {len(fit):,} examples train, {len(choose):,} ({config.schedule.hold_out:.0%} of train, seeded) "
+        f"choose the epoch; READ({shape['width']}, {shape['hidden']}, {shape['cell']}) {parameters['read']:,} parameters, "
+        f"head {parameters['head']:,}"
     )
 
     def load(cache: Cache, examples: np.ndarray, known: np.ndarray, batch: int = EVALUATION_BATCH) -> Loader:
@@ -144,10 +145,12 @@ def _caches(config: Train, task: Task, show: Show) -> dict[str, Cache]:
         made = extract.run(stage_one, show)["splits"]
         paths = {split: config.store / "caches" / said["fingerprint"] for split, said in made.items()}
     elif looked.unchecked:
-        show.line(f"not compared with the cache: {'; '.join(looked.unchecked)}; the cache was chosen by the names in its manifest")
+        show.line(
+            f"not compared with the cache: {'; '.join(looked.unchecked)}; the cache was chosen by the names in its manifest"
+        )
     caches = {split: store.open(path) for split, path in paths.items()}
     for split, cache in caches.items():
-        show.line(f"{split}: cache {cache.fingerprint[:12]}, {cache.manifest.counts['examples']:,} examples, {size(cache.manifest.bytes)}")
+        show.line(f"{split}: cache {cache.fingerprint[:12]}, {len(cache.length):,} examples, {size(cache.manifest.bytes)}")
     return caches
 
 

@@ -1,0 +1,44 @@
+"""Where rows lie."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from store import layout
+
+LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=200).map(np.array)
+
+
+@given(LENGTHS, st.integers(1, 40), st.integers(1, 4000))
+def test_no_example_straddles_two_chunks_and_none_overlap(lengths, row_bytes, chunk_bytes):
+    place = layout.place(lengths, row_bytes, chunk_bytes)
+    owner = np.full(place.rows, -1)
+    for example, (start, length) in enumerate(zip(place.start, lengths, strict=True)):
+        assert (owner[start : start + length] == -1).all()
+        owner[start : start + length] = example
+        chunk = int(np.searchsorted(place.first, example, "right")) - 1
+        assert start // place.chunk_rows == (start + length - 1) // place.chunk_rows == chunk
+    assert (owner != -1).sum() == lengths.sum()
+    assert place.first[0] == 0 and place.first[-1] == len(lengths)
+
+
+@given(LENGTHS, st.integers(1, 40), st.integers(1, 4000))
+def test_a_chunk_holds_what_was_asked_or_the_longest_example(lengths, row_bytes, chunk_bytes):
+    place = layout.place(lengths, row_bytes, chunk_bytes)
+    assert place.chunk_rows <= max(chunk_bytes // row_bytes, lengths.max())
+    assert place.rows - lengths.sum() <= place.chunks * lengths.max()
+
+
+def test_rows_of_one_length_waste_nothing():
+    place = layout.place(np.ones(1000, int), 10, 2500)
+    assert (place.chunks, place.rows) == (4, 1000)
+
+
+def test_metadata_are_what_zarr_writes_and_depend_on_nothing_else():
+    place = layout.place(np.array([3, 2, 4]), 8, 1 << 20)
+    arrays = layout.state_arrays("encoder", "bf16", place, ["embedding", "block.1"], 4)
+    arrays["examples/key"] = layout.flat_array(np.zeros((3, 16), np.uint8))
+    assert layout.metadata(arrays, {"a": 1}) == layout.metadata(arrays, {"a": 1})
+    assert set(layout.metadata(arrays, {})) == {
+        "zarr.json", "encoder/zarr.json", "encoder/values/zarr.json", "examples/zarr.json", "examples/key/zarr.json"
+    }  # fmt: skip
