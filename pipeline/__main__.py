@@ -64,6 +64,11 @@ def _options(model: type[BaseModel]) -> list[inspect.Parameter]:
     for name, field in model.model_fields.items():
         if isinstance(field.default, BaseModel):
             continue
+        if name == "what":
+            argument = typer.Argument(help=f"{field.description} [default: {field.default}]", show_default=False)
+            kind = Annotated[Optional[str], argument]
+            options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+            continue
         flag = field.annotation is bool
         default = "" if field.default in (None, PydanticUndefined) or flag else f" [default: {field.default}]"
         options.append(_option(name, Optional[bool] if flag else Optional[str], None, f"{field.description}{default}"))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.tasks import explain
+from stages.tasks import TASKS, explain
 from store.errors import Refused
 
 Count = Annotated[int, Field(ge=1)]
@@ -33,8 +33,8 @@ class _OnDevice(Catalog):
     """auto (a GPU where there is one), cpu, cuda, cuda:1, mps"""
 
 
-class Plan(_OnDevice):
-    """What stage one would do: examples, tokens, exact bytes, free disk, estimated time; hit or miss."""
+class Inputs(_OnDevice):
+    """What fixes a cache, as the user says it."""
 
     task: str = "demo"
     """name of a task (demo, or one of GLUE's), or the path of a .yaml file that describes your own"""
@@ -56,15 +56,28 @@ class Plan(_OnDevice):
     """seed of the cache's order on disk and of LIMIT's sample; part of the recipe, unlike --seed"""
     seed: Annotated[int, Field(ge=0)] = 0
     """seed of training (weights, order of batches, held-out part); no part of a cache"""
+
+
+class Plan(Inputs):
+    """What stage one would do: examples, tokens, exact bytes, free disk, estimated time; hit or miss."""
+
     splits: str | None = None
     """comma-separated splits; where left out: every split that the task has"""
 
 
-class Extract(Plan):
-    """Stage one: run the frozen backbone once and write its states to the cache."""
-
+class _Spread(Inputs):
     dask: str | None = None
     """address of a dask scheduler whose workers share STORE, such as tcp://host:8786; where left out: this process"""
+
+
+class Extract(_Spread, Plan):
+    """Stage one: run the frozen backbone once and write its states to the cache."""
+
+    @classmethod
+    def part_of(cls, config: Inputs, splits: str) -> "Extract":
+        """The extraction of some splits that another command asks for."""
+        known = {name: getattr(config, name) for name in cls.model_fields if hasattr(config, name)}
+        return cls(**known | {"splits": splits})
 
 
 class ReadOptions(_Frozen):
@@ -97,7 +110,7 @@ class ScheduleOptions(_Frozen):
     """share of the train split that chooses the epoch and is not trained on"""
 
 
-class Train(Extract):
+class Train(_Spread):
     """Stage two: train a READ from the cache; extracts first only what is missing."""
 
     cell: str = "gru"
@@ -117,7 +130,9 @@ class Train(Extract):
     no_extract: bool = False
     """fail rather than extract what is missing"""
     read: ReadOptions = ReadOptions()
+    """less common choices of READ"""
     schedule: ScheduleOptions = ScheduleOptions()
+    """less common choices of training"""
 
 
 class _OfRun(_OnDevice):
@@ -149,8 +164,18 @@ class Predict(_OfRun):
     """where the run's backbone lies now, if it moved"""
 
 
+class Bench(Train):
+    """Measure what the README shows: `glue` trains every GLUE task on one backbone."""
+
+    what: str = "glue"
+    """which table"""
+    task: str = ",".join(name for name, task in TASKS.items() if task.hub)
+    """comma-separated tasks"""
+
+
 COMMANDS: dict[str, type[_Frozen]] = {
     "plan": Plan, "extract": Extract, "train": Train, "evaluate": Evaluate, "predict": Predict, "catalog": Catalog,
+    "bench": Bench,
 }  # fmt: skip
 
 C = TypeVar("C", bound=_Frozen)

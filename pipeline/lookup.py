@@ -43,7 +43,7 @@ def look(config: Train, task: Task) -> Looked:
         wanted = recipe.identity(task, split, digest, checkpoint) if picked else whole
         for found in every:
             about, theirs = found.manifest.about, found.manifest.recipe
-            if picked and recipe.family(theirs) != recipe.family(picked.manifest.recipe):
+            if picked and not _goes_with(found, picked):
                 continue
             if catalog.agrees(theirs, wanted) and catalog.agrees(about, names):
                 family = families.setdefault(canonical(recipe.family(theirs)), {})
@@ -85,6 +85,12 @@ def _picked(config: Train, every: list[Found]) -> Found | None:
         known = "; ".join(_describe(item) for item in (found or every)) or "none"
         raise Refused(f"CACHE={config.cache} names {len(found)} caches under {config.store}; there are: {known}")
     return found[0]
+
+
+def _goes_with(found: Found, picked: Found) -> bool:
+    """Whether a cache is the picked one, or a sibling of it for another split."""
+    one, two = found.manifest.recipe, picked.manifest.recipe
+    return found == picked or (recipe.family(one) == recipe.family(two) and one["data"]["split"] != two["data"]["split"])
 
 
 def _describe(found: Found) -> str:

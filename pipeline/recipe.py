@@ -3,7 +3,7 @@
 from importlib import metadata
 from typing import Any
 
-from pipeline.config import Plan
+from pipeline.config import Inputs
 from stages import depths
 from stages.batching import RULE
 from stages.sources import Checkpoint
@@ -16,7 +16,7 @@ CHUNK_BYTES = 16 << 20
 Recipe = dict[str, Any]
 
 
-def known(config: Plan, task: Task, split: str, digest: str | None, checkpoint: Checkpoint | None) -> Recipe:
+def known(config: Inputs, task: Task, split: str, digest: str | None, checkpoint: Checkpoint | None) -> Recipe:
     """What can be said of a cache without loading backbone, tokenizer or data.
 
     digest: of the split's data, None where these are not at hand. checkpoint: None where its files are not at hand.

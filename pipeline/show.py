@@ -71,6 +71,8 @@ class Meter:
 
     def add(self, count: int) -> None:
         """More units are done."""
+        if not count:
+            return
         self.done += count
         spent = max(time.monotonic() - self.begun, 1e-9)
         rate = (self.done - self.skipped) / spent

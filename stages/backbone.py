@@ -5,6 +5,7 @@ model's last hidden state where it is not the last block's own output (`final`: 
 The tuple that transformers returns for output_hidden_states replaces the raw last output by the normed one.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,6 +135,7 @@ class Backbone:
         )
         self.anatomy = anatomy
         self.device = device
+        self._one_at_a_time = threading.Lock()
         self.model = model.eval().requires_grad_(False).to(device)
 
     def hidden_states(self, inputs: dict[str, Tensor], states: list[str]) -> dict[str, list[Tensor]]:
@@ -142,7 +144,8 @@ class Backbone:
         inputs: input_ids and attention_mask (B, T), token_type_ids where the tokenizer gives them; on any device.
         """
         moved = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
-        with torch.inference_mode(), self._captured() as seen:
+        # hooks belong to the module, not to the caller: one pass at a time, also where a worker has several threads
+        with self._one_at_a_time, torch.inference_mode(), self._captured() as seen:
             last = self.model(**moved).last_hidden_state
         assert len(seen) == self.anatomy.depth + 1, len(seen)
         by_name = {"embedding": seen[0], "final": last}

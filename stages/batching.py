@@ -19,7 +19,7 @@ def by_length(lengths: np.ndarray, tokens: int = TOKENS) -> list[np.ndarray]:
     batches, begin = [], 0
     while begin < len(order):
         longest = int(lengths[order[begin]])
-        similar = int(np.searchsorted(-lengths[order], -(3 * longest // 4), "right"))
+        similar = int(np.searchsorted(-lengths[order], 3 * -longest // 4, "right"))
         end = min(begin + max(1, tokens // longest), max(begin + 1, similar))
         batches.append(order[begin:end])
         begin = end

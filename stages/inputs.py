@@ -75,7 +75,7 @@ class Tokens(NamedTuple):
 
 def load(task: Task, source: Source, split: str) -> Split:
     """Load a split and check all that can be wrong with it. Raises Refused naming file, column and row."""
-    where = f"{source.text}, split {split}"
+    where = place(source, split)
     dataset = _demo(source, split, task) if source.kind == "demo" else _dataset(task, source, split, where)
     if not len(dataset):
         raise Refused(f"{where}: the split is empty")
@@ -93,6 +93,12 @@ def load(task: Task, source: Source, split: str) -> Split:
     return Split(split, dataset, source.digest(split) or _content(dataset), columns)
 
 
+def place(source: Source, split: str) -> str:
+    """A split, for messages: its files, or the data set it is of."""
+    files = ", ".join(str(path) for path in source.files[split]) if source.kind == "files" else source.text
+    return f"{files}, split {split}"
+
+
 def of_texts(columns: dict[str, list[str]]) -> datasets.Dataset:
     """A data set of texts that are at hand."""
     return datasets.Dataset.from_dict(dict(columns))
@@ -102,10 +108,10 @@ def check_labels(task: Task, splits: dict[str, Split], source: Source) -> Task:
     """Check every label of the labelled splits; returns the task with its classes named."""
     train = splits.get(task.train)
     if train is not None:
-        task = with_classes(task, train.columns[task.label][1], f"{source.text}, split {task.train}")
+        task = with_classes(task, train.columns[task.label][1], place(source, task.train))
     for split in (task.train, *task.evaluation):
         if split in splits and (task.classes or task.kind == "regression"):
-            labels(task, *splits[split].columns[task.label], f"{source.text}, split {split}")
+            labels(task, *splits[split].columns[task.label], place(source, split))
     return task
 
 
@@ -121,10 +127,12 @@ def _dataset(task: Task, source: Source, split: str, where: str) -> datasets.Dat
         try:
             return datasets.load_dataset(reader, data_files={split: files}, split=split, cache_dir=folder, **more)
         except StopIteration:
-            raise Refused(f"{where}: {', '.join(files)} is empty") from None
+            raise Refused(f"{where}: the file is empty") from None
         except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, ValueError, OSError) as error:
+            if "corresponds to no data" in str(error):
+                raise Refused(f"{where}: the split is empty") from None
             reason = str(error.__cause__ or error).splitlines() or [type(error.__cause__ or error).__name__]
-            raise Refused(f"{where}: {', '.join(files)} cannot be read as {reader}: {reason[0]}") from None
+            raise Refused(f"{where}: it cannot be read as {reader}: {reason[0]}") from None
 
 
 def _hub(task: Task, source: Source, split: str) -> datasets.Dataset:

@@ -156,6 +156,8 @@ def _checkpoint_folder(name: str, local: bool) -> Path | None:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"], local_files_only=local))
     except HFValidationError:
+        if local:
+            return None
         raise Refused(
             f"unknown backbone {name!r}: not a folder here, not a hub id (owner/name), and none of the embedded ones "
             f"({', '.join(EMBEDDED)})"

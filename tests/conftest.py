@@ -10,7 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-WORDS = "good bad fine awful great dull film plot actor scene the a of and is was very not quite never".split()
+TEXT = "good bad fine awful great dull film plot actor scene the a of and is was very not quite never"
+WORDS = TEXT.split()
 GLUE = Path(__file__).parents[2] / "shared" / "data" / "glue"
 
 

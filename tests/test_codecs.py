@@ -11,9 +11,7 @@ from stages.packing import TWINS, pack, unpack
 from store import Refused
 from store.codecs import CODECS, codec
 
-STATES = arrays(
-    np.float32, array_shapes(min_dims=3, max_dims=3, max_side=4), elements=st.floats(-(2.0**126), 2.0**126, width=32)
-)
+STATES = arrays(np.float32, array_shapes(min_dims=3, max_dims=3, max_side=4), elements=st.floats(-(2.0**126), 2.0**126, width=32))
 
 
 @given(STATES)

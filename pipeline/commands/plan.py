@@ -1,7 +1,7 @@
 """What stage one would do, before anything is spent. `extract` goes through the same door."""
 
-import os
 import shutil
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -199,9 +199,7 @@ def check_writable(root: Path) -> None:
     """Refuse a store that cannot be written, before any work."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
         raise Refused(
             f"the store {root} cannot be written ({error.strerror}); choose another STORE or see to its rights"

@@ -138,11 +138,9 @@ def _caches(config: Train, task: Task, show: Show) -> dict[str, Cache]:
     if paths is None:
         for line in looked.near:
             show.line(f"not used: {line}")
-        wanted = config.model_copy(update={"splits": ",".join((task.train, *task.evaluation))})
         # only now is the backbone's side needed: where the cache is there, transformers need not be
         extract = importlib.import_module("pipeline.commands.extract")
-        stage_one = Extract(**{name: getattr(wanted, name) for name in Extract.model_fields})
-        made = extract.run(stage_one, show)["splits"]
+        made = extract.run(Extract.part_of(config, ",".join((task.train, *task.evaluation))), show)["splits"]
         paths = {split: config.store / "caches" / said["fingerprint"] for split, said in made.items()}
     elif looked.unchecked:
         show.line(

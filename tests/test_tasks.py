@@ -1,0 +1,105 @@
+"""Tasks as data, and what a label means."""
+
+import numpy as np
+import pytest
+
+from stages import tasks
+from store import Refused
+
+
+def test_the_nine_glue_tasks_and_the_demo_are_there():
+    assert set(tasks.TASKS) == {"cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli", "demo"}
+    assert tasks.TASKS["mnli"].evaluation == ("validation_matched", "validation_mismatched")
+    assert tasks.TASKS["mnli"].outputs == 3 and tasks.TASKS["stsb"].outputs == 1
+    assert tasks.TASKS["cola"].metrics == ("matthews_correlation",)
+    assert tasks.TASKS["stsb"].metrics == ("pearson", "spearmanr")
+    assert tasks.TASKS["mrpc"].metrics == tasks.TASKS["qqp"].metrics == ("accuracy", "f1")
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "../sst2", "", "x y", "sst3"])
+def test_an_unknown_or_impossible_name_is_answered_with_the_known_ones(name):
+    with pytest.raises(Refused, match="known: cola, mnli"):
+        tasks.find(name)
+
+
+def yaml(tmp_path, text):
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+GOOD = "files: {train: a.csv, validation: b.csv}\ntext: body\nlabel: stars\n"
+
+
+def test_a_users_own_task(tmp_path):
+    task = tasks.find(yaml(tmp_path, GOOD + "classes: [bad, good]\nmetrics: [f1, accuracy]\n"))
+    assert (task.name, task.text, task.label, task.classes) == ("my", ("body",), "stars", ("bad", "good"))
+    assert task.files == (("train", (str(tmp_path / "a.csv"),)), ("validation", (str(tmp_path / "b.csv"),)))
+    assert task.metrics == ("f1", "accuracy") and task.evaluation == ("validation",)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GOOD + "colour: red", "unknown key 'colour'; known: name, files"),
+        (GOOD + "name: a/b", "name 'a/b' is not letters"),
+        (GOOD + "name: '..'", "name '..' is not letters"),
+        (GOOD + "name: sst2", "taken by a built-in task"),
+        (GOOD + "kind: ranking", "kind: Input should be 'classification' or 'regression', not 'ranking'"),
+        (GOOD + "metrics: [bleu]", "unknown metric 'bleu' for classification; known: accuracy"),
+        (GOOD + "classes: [one]", "two or more"),
+        (GOOD + "classes: [a, b]\nkind: regression", "classes .* are for classification"),
+        (GOOD + "hub: a/b", "give either `files:`"),
+        (GOOD.replace("text: body", "text: [a, b, c]"), "text"),
+        (GOOD.replace("validation", "dev"), "it needs `train` and `validation`"),
+        (GOOD.replace("label: stars", ""), "label: Field required"),
+        ("- 1", "holds no fields"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_task_file_that_is_wrong_is_refused_in_one_line(tmp_path, text, said):
+    with pytest.raises(Refused, match=said) as told:
+        tasks.find(yaml(tmp_path, text))
+    assert "\n" not in str(told.value) and "my.yaml" in str(told.value)
+
+
+def test_a_task_file_that_is_not_there(tmp_path):
+    with pytest.raises(Refused, match="No such file"):
+        tasks.find(str(tmp_path / "none.yaml"))
+
+
+def task(**more):
+    return tasks.Task("t", ("text",), more.pop("kind", "classification"), ("accuracy",), **more)
+
+
+def test_labels_are_classes_by_text_by_value_or_by_number():
+    names = task(classes=("bad", "good"))
+    assert tasks.labels(names, np.array([1, 0, -1]), ["bad", "good"], "x").tolist() == [1, 0, -1]
+    assert tasks.labels(names, np.array([1, 0, -1]), ["good", "bad"], "x").tolist() == [0, 1, -1]
+    assert tasks.labels(names, np.array([1, 0, -1]), [0, 1], "x").tolist() == [1, 0, -1]
+    assert tasks.labels(names, np.array([1.0, np.nan]), None, "x").tolist() == [1, -1]
+    stars = task(classes=("1", "3", "5"))
+    assert tasks.labels(stars, np.array([5, 1, 3, -1]), None, "x").tolist() == [2, 0, 1, -1]
+    signs = task(classes=("-1", "1"))
+    assert tasks.labels(signs, np.array([1, -1]), None, "x").tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(("values", "distinct"), [([0, 2], None), ([0, 1], ["bad", "awful"]), ([-7], None), ([0.5], None)])
+def test_a_label_outside_its_classes_is_named(values, distinct):
+    with pytest.raises(Refused, match="here: label .* in column 'label' is outside the classes bad, good"):
+        tasks.labels(task(classes=("bad", "good")), np.array(values), distinct, "here")
+
+
+def test_classes_are_the_distinct_labels_of_train():
+    assert tasks.with_classes(task(), ["x", "y"], "here").classes == ("x", "y")
+    assert tasks.with_classes(task(), [-1, 3, 4], "here").classes == ("3", "4")
+    for distinct, said in ((None, "too many"), (["x"], "1 distinct"), ([-1], "0 distinct")):
+        with pytest.raises(Refused, match=said):
+            tasks.with_classes(task(), distinct, "here")
+
+
+def test_regression_takes_numbers_only():
+    plain = task(kind="regression")
+    assert tasks.labels(plain, np.array([1.5, 2]), None, "x").dtype == np.float32
+    with pytest.raises(Refused, match="holds text"):
+        tasks.labels(plain, np.array([0]), ["high"], "x")
