@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from stages.tasks import TASKS, explain
 from store.errors import Refused
 
 Count = Annotated[int, Field(ge=1)]
+Place = Annotated[Path, AfterValidator(Path.expanduser)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -24,7 +25,7 @@ class _Frozen(BaseModel):
 class Catalog(_Frozen):
     """Caches and runs under STORE."""
 
-    store: Path = Path("cache")
+    store: Place = Path("cache")
     """folder of caches and runs"""
 
 
@@ -40,7 +41,7 @@ class Inputs(_OnDevice):
     """name of a task (demo, or one of GLUE's), or the path of a .yaml file that describes your own"""
     backbone: str = "minilm"
     """minilm (embedded), the folder of a checkpoint, or a hub id"""
-    data: Path | None = None
+    data: Place | None = None
     """folder with <task>/<split>.parquet, .csv or .jsonl; where left out: the hub, or the task's own files"""
     tokens: str = "mean"
     """which tokens of an example are kept: all, first, last, or their mean"""
@@ -158,7 +159,7 @@ class Predict(_OfRun):
     """a text"""
     text_pair: str | None = None
     """the second text, where the task takes pairs"""
-    file: Path | None = None
+    file: Place | None = None
     """.jsonl file, a line an example, with the task's text columns"""
     backbone: str | None = None
     """where the run's backbone lies now, if it moved"""

@@ -97,6 +97,8 @@ def find(root: Path, name: str | None, task: str | None) -> Run:
         return open_run(Path(name))
     if name and not PLAIN_NAME.fullmatch(name):
         raise Refused(f"run {name!r} is neither a run's folder nor a name (letters, digits, _ . -)")
+    if task and not PLAIN_NAME.fullmatch(task):
+        raise Refused(f"task {task!r} of a run is not a name (letters, digits, _ . -)")
     paths = sorted((root / "runs").glob(f"{task if task else '[!.]*'}/[!.]*/"))
     found = [path for path in paths if path.name == name] or [path for path in paths if name and path.name.startswith(name)]
     if len(found) != 1:

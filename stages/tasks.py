@@ -157,6 +157,11 @@ def explain(error: ValidationError | TypeError, model: type[BaseModel]) -> str:
     return f"{where}: {first['msg']}" + ("" if first["type"] == "missing" else f", not {first['input']!r}")
 
 
+def _class(name: _Label) -> str:
+    """A class's name as a data file would have it."""
+    return str(name).lower() if isinstance(name, bool) else str(name)
+
+
 def _task(said: _File, path: Path) -> Task:
     name = said.name if said.name is not None else path.stem
     if not PLAIN_NAME.fullmatch(name):
@@ -185,7 +190,7 @@ def _task(said: _File, path: Path) -> Task:
         text=(said.text,) if isinstance(said.text, str) else tuple(said.text),
         kind=said.kind,
         metrics=tuple(metrics),
-        classes=tuple(str(c) for c in said.classes) if said.classes is not None else None,
+        classes=tuple(_class(c) for c in said.classes) if said.classes is not None else None,
         label=said.label,
         evaluation=tuple(s for s in splits if s.startswith("validation")),
         unlabelled=tuple(s for s in splits if s != "train" and not s.startswith("validation")),

@@ -55,6 +55,11 @@ def dump(manifest: Manifest) -> bytes:
     return (json.dumps(body, indent=1, ensure_ascii=True) + "\n").encode()
 
 
+def attributes(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What the Zarr group says of itself to readers that know only Zarr: nothing that the recipe does not fix."""
+    return {"readcache": {"format": FORMAT, "fingerprint": fingerprint(recipe), "recipe": recipe}}
+
+
 def planned(recipe: dict[str, Any], about: dict[str, Any], counts: dict[str, int], sizes: Mapping[str, int]) -> Manifest:
     """The manifest that a cache will have, its digests still open: for the exact size before anything is spent."""
     return Manifest(recipe, about, counts, {path: Receipt(size, "0" * _DIGITS) for path, size in sizes.items()})

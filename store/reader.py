@@ -133,11 +133,8 @@ def open(path: Path | str) -> Cache:
             found = files.sha256(folder / place)
             if found != receipt.sha256:
                 raise _damaged(folder, place, f"its sha256 is {found[:12]}…, the manifest says {receipt.sha256[:12]}…")
-    arrays = {
-        place.removesuffix("/zarr.json"): _array(folder, place)
-        for place in described.objects
-        if place.endswith("/zarr.json") and json.loads((folder / place).read_bytes())["node_type"] == "array"
-    }
+    read = {place: _array(folder, place) for place in described.objects if place.endswith("/zarr.json")}
+    arrays = {place.removesuffix("/zarr.json"): array for place, array in read.items() if array}
     for place, array in layout.chunk_paths(arrays):
         if place not in described.objects or described.objects[place].size != array.chunk_bytes():
             raise _damaged(folder, place, f"the metadata ask for {array.chunk_bytes()} bytes, the manifest has none such")
@@ -166,19 +163,20 @@ def _bytes(folder: Path, place: str, size: int) -> bytes:
     return data
 
 
-def _array(folder: Path, place: str) -> Array:
-    """An array's metadata, of the kind that this format writes and no other."""
-    text = json.loads((folder / place).read_bytes())
-    codecs = [item["name"] for item in text["codecs"]]
-    if text["zarr_format"] != 3 or text["data_type"] not in _DTYPES or codecs != ["bytes", "crc32c"]:
-        raise _damaged(folder, place, f"format 1 has no {text['data_type']} with codecs {codecs}")
-    return Array(
-        tuple(text["shape"]),
-        tuple(text["chunk_grid"]["configuration"]["chunk_shape"]),
-        _DTYPES[text["data_type"]],
-        tuple(text["dimension_names"]),
-        text["attributes"],
-    )
+def _array(folder: Path, place: str) -> Array | None:
+    """An array's metadata, of the kind that this format writes and no other; None for a group."""
+    try:
+        text = json.loads((folder / place).read_bytes())
+        if text["node_type"] == "group":
+            return None
+        codecs = [item["name"] for item in text["codecs"]]
+        keys = text["chunk_key_encoding"]["configuration"]["separator"]
+        if (text["zarr_format"], codecs, keys) != (3, ["bytes", "crc32c"], ".") or text["data_type"] not in _DTYPES:
+            raise _damaged(folder, place, f"format 1 has no {text['data_type']} with codecs {codecs} and keys {keys!r}")
+        shape, chunks = tuple(text["shape"]), tuple(text["chunk_grid"]["configuration"]["chunk_shape"])
+        return Array(shape, chunks, _DTYPES[text["data_type"]], tuple(text["dimension_names"]), text["attributes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, place, f"these are no Zarr v3 metadata ({type(error).__name__}: {error})") from None
 
 
 def _damaged(folder: Path, place: str, what: str) -> Damaged:

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import GLUE, save_bert, sentence, write_rows
 from test_writer import content
 
@@ -33,7 +34,7 @@ def call(capfd, verb, *words, status=0, **options):
 
 @pytest.fixture
 def said(tmp_path, bert, reviews):
-    return {"task": "sst2", "backbone": bert, "data": reviews, "store": tmp_path / "store", "max_length": 32}
+    return {"task": "sst2", "backbone": bert, "data": reviews, "store": tmp_path / "store", "max_length": 32, "device": "cpu"}
 
 
 FAST = {"epochs": 3, "hidden": 8, "lr": 0.01}
@@ -175,7 +176,7 @@ def test_kill_9_and_again_ends_in_the_same_bytes(said, tmp_path, reviews):
     )
 
     def argv(root):
-        words = {**said, "data": folder, "store": root, "tokens": "all", "device": "cpu"}
+        words = {**said, "data": folder, "store": root, "tokens": "all"}
         return [sys.executable, "-c", code, "extract", *(f"--{k.replace('_', '-')}={v}" for k, v in words.items())]
 
     victim = subprocess.Popen(argv(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -407,6 +408,22 @@ def test_memory_holds_no_more_than_a_few_chunks_of_states(said, bert, tmp_path):
         sizes.append(sum(p.stat().st_size for p in said["store"].rglob("c.*.0.0")))
     grown = sizes[1] - 2 * sizes[0]
     assert grown > 60e6 and peak[1] - peak[0] < 0.5 * grown
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("tokens", ["all", "mean"])
+def test_a_gpu_gives_what_a_cpu_does(capfd, said, tmp_path, tokens):
+    said |= {"tokens": tokens, "codec": "fp32"}
+    there = said | {"store": tmp_path / "gpu", "device": "cuda"}
+    here_made, there_made = (call(capfd, "extract", **where)["splits"] for where in (said, there))
+    assert {s: p["fingerprint"] for s, p in here_made.items()} == {s: p["fingerprint"] for s, p in there_made.items()}
+    for part in here_made.values():
+        one, two = (store.open(where["store"] / "caches" / part["fingerprint"]) for where in (said, there))
+        for example in range(part["examples"]):
+            np.testing.assert_allclose(one.rows(example), two.rows(example), rtol=1e-3, atol=1e-4)
+    run = call(capfd, "train", **there, **FAST)["run"]
+    on_gpu, on_cpu = (call(capfd, "evaluate", run=run, store=there["store"], device=d)["metrics"] for d in ("cuda", "cpu"))
+    assert on_gpu["validation"]["accuracy"] == pytest.approx(on_cpu["validation"]["accuracy"], abs=0.03)
 
 
 @pytest.mark.skipif(not GLUE.is_dir(), reason="no GLUE beside the project")

@@ -13,7 +13,7 @@ from pipeline.show import Show, duration, size
 from stages import extract
 from stages.backbone import Backbone
 from stages.device import pick
-from store import files, layout, writer
+from store import files, layout, manifest, writer
 
 
 def run(config: Extract, show: Show) -> dict[str, Any]:
@@ -57,8 +57,7 @@ def _build(config: Extract, planned: Planned, split: str, part: Part, opened: Ba
         objects = {path: r for n in range(place.chunks) for path, r in (writer.finished(folder, n) or {}).items()}
         for path, data in build.tables.items():
             objects |= writer.write_table(folder, path, data, build.arrays[path])
-        attributes = {"readcache": build.planned.about}
-        for path, text in layout.metadata(build.arrays, attributes).items():
+        for path, text in layout.metadata(build.arrays, manifest.attributes(build.planned.recipe)).items():
             objects[path] = files.write(folder / "cache" / path, text)
         return writer.publish(config.store, folder, build.planned._replace(objects=objects))
 

@@ -62,8 +62,10 @@ class Planned(NamedTuple):
 def run(config: Plan, show: Show) -> dict[str, Any]:
     """The command `plan`."""
     planned = prepare(config)
-    seconds = {split: estimate(config, planned, part) for split, part in planned.parts.items()}
-    document = {"task": planned.task.name, "splits": {s: summary(part, seconds[s]) for s, part in planned.parts.items()}}
+    builds = {split: part.build for split, part in planned.parts.items() if part.build}
+    backbone = Backbone(planned.checkpoint.path, planned.anatomy, pick(config.device)) if builds else None
+    seconds = {split: estimate(config, backbone, build, planned.states) for split, build in builds.items() if backbone}
+    document = {"task": planned.task.name, "splits": {s: summary(part, seconds.get(s, 0.0)) for s, part in planned.parts.items()}}
     free = free_bytes(config.store)
     needed = sum(part.found.bytes for part in planned.parts.values() if not part.hit)
     show.table(
@@ -190,7 +192,7 @@ def _lay_out(config: Plan, task: Task, anatomy: Anatomy, tokenizer: Any, split: 
         "states": len(states), "width": anatomy.width,
     }  # fmt: skip
     sizes = {path: array.chunk_bytes() for path, array in layout.chunk_paths(arrays)}
-    sizes |= {path: len(text) for path, text in layout.metadata(arrays, {"readcache": about}).items()}
+    sizes |= {path: len(text) for path, text in layout.metadata(arrays, manifest.attributes(found)).items()}
     planned = manifest.planned(found, about, counts, sizes)
     return Build(tokens, placement, arrays, {f"examples/{n}": v for n, (v, _) in tables.items()}, planned)
 
@@ -222,16 +224,13 @@ def check_disk(root: Path, parts: dict[str, Part]) -> None:
         )
 
 
-def estimate(config: Plan, planned: Planned, part: Part) -> float:
+def estimate(config: Plan, backbone: Backbone, build: Build, states: list[str]) -> float:
     """Seconds that extracting a split will take: a sample of it is run and scaled up by tokens."""
-    if part.build is None:
-        return 0.0
-    backbone = Backbone(planned.checkpoint.path, planned.anatomy, pick(config.device))
-    tokens = part.build.tokens
+    tokens = build.tokens
     count = max(1, int(np.searchsorted(tokens.offset, SAMPLE_TOKENS, "right")) - 1)
     spent = 0.0
     for _ in range(2):  # the first run warms up
         begun = time.perf_counter()
-        extract.chunk(backbone, tokens, range(count), planned.states, config.tokens, config.codec)
+        extract.chunk(backbone, tokens, range(count), states, config.tokens, config.codec)
         spent = time.perf_counter() - begun
     return spent * int(tokens.offset[-1]) / int(tokens.offset[count])
