@@ -117,6 +117,19 @@ def test_training_repeats_to_the_bit(capfd, said):
     assert one["metrics"] == two["metrics"] and one["fingerprints"] == other["fingerprints"]
 
 
+def test_the_validation_split_chooses_nothing(capfd, said, tmp_path, reviews):
+    """Other validation labels, the same weights."""
+    shutil.copytree(reviews, tmp_path / "flipped")
+    path = tmp_path / "flipped" / "sst2" / "validation.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_rows(path, [row | {"label": 1 - row["label"]} for row in rows])
+    one, two = (call(capfd, "train", **said | {"data": data}, **FAST) for data in (reviews, tmp_path / "flipped"))
+    weights = [(said["store"] / "runs/sst2" / r["run"] / "read_model.safetensors").read_bytes() for r in (one, two)]
+    assert weights[0] == weights[1]
+    scores = [r["metrics"]["validation"]["accuracy"] for r in (one, two)]
+    assert sum(scores) == pytest.approx(1)
+
+
 def test_train_extracts_only_what_is_missing(capfd, said):
     call(capfd, "extract", **said, splits="train")
     assert "no cache" in call(capfd, "train", "--no-extract", **said, **FAST, status=2)["error"]

@@ -39,6 +39,20 @@ def test_csv_jsonl_and_parquet_give_the_same(tmp_path):
         assert split.columns["n"][0].tolist() == [1, 2, 3] and split.columns["n"][1] == [1, 2, 3]
 
 
+def test_other_columns_are_kept_as_numbers(tmp_path):
+    rows = [
+        {"text": "a", "y": v, "flag": v == "b", "id": f"x{n}", "size": n / 2, "gap": None if n else 1}
+        for n, v in enumerate("bab" * 700)
+    ]
+    rows[0]["y"] = None
+    columns = load(tmp_path, rows=rows).columns
+    assert columns["y"][0].tolist()[:4] == [-1, 0, 1, 1] and columns["y"][1] == ["a", "b"]
+    assert columns["flag"][0].tolist()[:3] == [1, 0, 1] and columns["flag"][1] == ["false", "true"]
+    assert columns["size"][0].tolist()[:3] == [0, 0.5, 1] and columns["size"][1] is None
+    assert columns["gap"][0][0] == 1 and np.isnan(columns["gap"][0][1:]).all()
+    assert "id" not in columns  # 2,100 distinct texts are no classes
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

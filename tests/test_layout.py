@@ -29,6 +29,12 @@ def test_a_chunk_holds_what_was_asked_or_the_longest_example(lengths, row_bytes,
     assert place.rows - lengths.sum() <= place.chunks * lengths.max()
 
 
+@given(LENGTHS, st.integers(1, 40), st.integers(1, 4000))
+def test_there_are_no_more_chunks_than_their_size_asks_for(lengths, row_bytes, chunk_bytes):
+    limit = max(chunk_bytes // row_bytes, lengths.max())
+    assert layout.place(lengths, row_bytes, chunk_bytes).chunks <= -(-lengths.sum() // (limit - lengths.max() + 1))
+
+
 def test_rows_of_one_length_waste_nothing():
     place = layout.place(np.ones(1000, int), 10, 2500)
     assert (place.chunks, place.rows) == (4, 1000)
