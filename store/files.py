@@ -1,10 +1,14 @@
 """Files that survive a crash, and their digests. Every byte of a cache reaches the disk through `write`."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import NamedTuple
+
+WORTH_REMEMBERING = 16 << 20
+"""size from which a file's digest is remembered across processes, in bytes"""
 
 
 class Receipt(NamedTuple):
@@ -44,13 +48,30 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_seen: dict[tuple[str, int, int], str] = {}
+def remembered_sha256(path: Path) -> str:
+    """A file's sha256, computed once for each (path, size, mtime, ctime): the ctime tells what a restored mtime hides.
 
-
-def remembered_sha256(path: Path, digest: Callable[[Path], str] = sha256) -> str:
-    """A file's sha256, computed once a process for each (path, size, mtime)."""
+    Remembered in this process, and that of large files in the user's cache folder too, where that can be written.
+    """
     info = path.stat()
-    key = (str(path.resolve()), info.st_size, info.st_mtime_ns)
+    key = hashlib.sha256(f"{path.resolve()}|{info.st_size}|{info.st_mtime_ns}|{info.st_ctime_ns}".encode()).hexdigest()
     if key not in _seen:
-        _seen[key] = digest(path)
+        memo = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "readcache" / "digests" / key
+        found = _read(memo) if info.st_size >= WORTH_REMEMBERING else ""
+        if not re.fullmatch("[0-9a-f]{64}", found):
+            found = sha256(path)
+            if info.st_size >= WORTH_REMEMBERING:
+                with contextlib.suppress(OSError):
+                    write(memo, found.encode())
+        _seen[key] = found
     return _seen[key]
+
+
+_seen: dict[str, str] = {}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""

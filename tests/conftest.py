@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="readcache-tests-")  # neither read nor write the user's own
 
 import pytest
 import torch
