@@ -48,3 +48,16 @@ def linear_probe(
         fitted.append((score, model))
     best = max(fitted, key=lambda item: item[0])[1]
     return [best.predict(scaler.transform(other)) for other in others]
+
+
+def beside(
+    task: Task, fit: Loader, choose: Loader, others: dict[str, Loader], pool: str, depths: Depths
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The scores of both on other splits: {majority | linear_probe: {split: {metric: value}}}."""
+    train, chosen = features(fit, pool, depths), features(choose, pool, depths)
+    seen = {split: features(loader, pool, depths) for split, loader in others.items()}
+    guesses = linear_probe(task, train, chosen, *(inputs for inputs, _ in seen.values()))
+    return {
+        "majority": {s: scores(task.metrics, majority(task, train[1], len(y)), y) for s, (_, y) in seen.items()},
+        "linear_probe": {s: scores(task.metrics, g, y) for (s, (_, y)), g in zip(seen.items(), guesses, strict=True)},
+    }

@@ -213,6 +213,11 @@ def with_classes(task: Task, distinct: list[Any] | None, where: str) -> Task:
     return replace(task, classes=names)
 
 
+def labelled(labels: np.ndarray) -> np.ndarray:
+    """Which examples have a label: indices, ascending."""
+    return np.flatnonzero(labels != -1 if labels.dtype.kind == "i" else ~np.isnan(labels))
+
+
 def labels(task: Task, values: np.ndarray, distinct: list[Any] | None, where: str) -> np.ndarray:
     """Labels (N,) as the task means them: class numbers int64 with -1 for unlabelled, or float32 with NaN.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stages.evaluate import say, score
 from stages.heads import Head
 from stages.loader import Loader
-from stages.tasks import Task
+from stages.tasks import Task, labelled
 from store.errors import Refused
 from store.order import shuffled
 
@@ -51,16 +51,19 @@ class Trained(NamedTuple):
 
 
 def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split the labelled examples into those that train and those that choose: two sorted index arrays.
+    """Split the labelled examples into those that train and those that choose: two index arrays.
+
+    What chooses is one run of neighbours from a seeded place on. The cache lies in shuffled order, so this is a random
+    sample, and one that can be read without reading the rest.
 
     labels: (N,) with -1 or NaN where there is none.
     """
-    labelled = np.flatnonzero(labels != -1 if labels.dtype.kind == "i" else ~np.isnan(labels))
-    count = max(1, round(share * len(labelled)))
-    if len(labelled) < 2:
-        raise Refused(f"{len(labelled)} labelled training examples: at least 2 are needed; raise LIMIT or label more")
-    mixed = labelled[shuffled(len(labelled), seed, 1)]
-    return np.sort(mixed[count:]), np.sort(mixed[:count])
+    found = labelled(labels)
+    if len(found) < 2:
+        raise Refused(f"{len(found)} labelled training examples: at least 2 are needed; raise LIMIT or label more")
+    count = max(1, round(share * len(found)))
+    turned = np.roll(found, -int(shuffled(len(found), seed, 1)[0]))
+    return np.sort(turned[count:]), np.sort(turned[:count])
 
 
 def train(

@@ -73,6 +73,8 @@ def test_what_chooses_is_not_trained_on_and_never_unlabelled():
     assert not set(fit) & set(choose) and (labels[np.concatenate([fit, choose])] >= 0).all()
     assert hold_out(labels, 0.1, 0)[1].tolist() == choose.tolist() != hold_out(labels, 0.1, 1)[1].tolist()
     assert set(np.concatenate(hold_out(np.array([1.0, np.nan, 2.0], np.float32), 0.1, 0))) == {0, 2}
+    large = hold_out(np.zeros(1000, np.int64), 0.1, 0)[1]
+    assert len(np.unique(large // 100)) <= 2  # neighbours on disk
     with pytest.raises(Refused, match="1 labelled training examples"):
         hold_out(np.array([-1, 0]), 0.1, 0)
 

@@ -39,7 +39,7 @@ def glue(config: Bench, show: Show) -> dict[str, Any]:
                 "examples": told["examples"][split],
                 **{what: told[what][split][metric] for what in ("majority", "linear_probe")},
                 "read": scores[metric],
-                "extract_seconds": sum(part["seconds"] for part in made.values()),
+                "extract_seconds": None if all(p["hit"] for p in made.values()) else sum(p["seconds"] for p in made.values()),
                 "train_seconds": told["seconds"]["train"],
                 "bytes": sizes,
                 "run": told["run"],
@@ -49,7 +49,7 @@ def glue(config: Bench, show: Show) -> dict[str, Any]:
     show.line("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         cells = [row["task"], row["metric"], *(f"{row[name]:.3f}" for name in ("majority", "linear_probe", "read"))]
-        cells += [duration(row["extract_seconds"]), duration(row["train_seconds"])]
+        cells += ["hit" if row["extract_seconds"] is None else duration(row["extract_seconds"]), duration(row["train_seconds"])]
         show.line(f"| {' | '.join([*cells, *(size(count) for count in row['bytes'].values())])} |")
     return {"rows": rows}
 

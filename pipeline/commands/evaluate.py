@@ -5,7 +5,6 @@ from typing import Any
 
 import store
 from pipeline import recipe, runs
-from pipeline.commands.train import labelled
 from pipeline.config import Evaluate
 from pipeline.runs import Run
 from pipeline.show import Show
@@ -31,7 +30,7 @@ def run(config: Evaluate, show: Show) -> dict[str, Any]:
         if task.label not in cache.columns():
             raise Refused(f"{where} carries no column {task.label!r}: it has no labels to score; predict it instead")
         labels = tasks.labels(task, *cache.column(task.label), where)
-        scored = labelled(labels)
+        scored = tasks.labelled(labels)
         if not len(scored):
             raise Refused(f"{where} has no labels to score; `predict --run {found.path.name} --split {split}` gives the answers")
         metrics[split] = score(task, say(head, Loader(cache, scored, labels, config.batch, device)))

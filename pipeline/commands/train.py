@@ -20,7 +20,6 @@ from stages.device import pick
 from stages.evaluate import say, score
 from stages.heads import check_pool
 from stages.loader import Loader
-from stages.metrics import scores
 from stages.read import CELLS
 from stages.selection import check as check_tokens
 from stages.tasks import Task
@@ -72,26 +71,17 @@ def run(config: Train, show: Show) -> dict[str, Any]:
         fitting = load(train_cache, fit, labels[task.train], config.batch)
         outcome = train(head, task, fitting, choosing, schedule, lambda line: show.line(_epoch(line)))
         head.load_state_dict(outcome.weights)
-    evaluation = {split: load(caches[split], labelled(labels[split]), labels[split]) for split in task.evaluation}
+    evaluation = {split: load(caches[split], tasks.labelled(labels[split]), labels[split]) for split in task.evaluation}
     with _Clock(seconds, "evaluate"):
         metrics = {split: score(task, say(head, loader)) for split, loader in evaluation.items()}
     with _Clock(seconds, "baselines"):
-        depths = Depths.of(shape["states"])
-        seen = {split: baselines.features(loader, pool, depths) for split, loader in evaluation.items()}
-        train_seen = baselines.features(load(train_cache, fit, labels[task.train]), pool, depths)
-        choose_seen = baselines.features(choosing, pool, depths)
-        guesses = baselines.linear_probe(task, train_seen, choose_seen, *(x for x, _ in seen.values()))
-        probe = {split: scores(task.metrics, g, y) for (split, (_, y)), g in zip(seen.items(), guesses, strict=True)}
-        plain = {
-            split: scores(task.metrics, baselines.majority(task, train_seen[1], len(y)), y) for split, (_, y) in seen.items()
-        }
+        plain = baselines.beside(task, fitting, choosing, evaluation, pool, Depths.of(shape["states"]))
 
     document = {
         "task": task.name,
         "fingerprints": {split: cache.fingerprint for split, cache in caches.items()},
         "metrics": metrics,
-        "majority": plain,
-        "linear_probe": probe,
+        **plain,
         "best_epoch": outcome.epoch,
         "trainable_parameters": parameters["read"] + parameters["head"],
         "parameters": parameters,
@@ -121,11 +111,6 @@ def check(config: Train) -> Task:
     if config.cache is None:
         check_pool(config.pool, config.tokens)
     return task
-
-
-def labelled(labels: np.ndarray) -> np.ndarray:
-    """The examples that have a label."""
-    return np.flatnonzero(labels != -1 if labels.dtype.kind == "i" else ~np.isnan(labels))
 
 
 def _caches(config: Train, task: Task, show: Show) -> dict[str, Cache]:
@@ -163,7 +148,7 @@ def _labels(task: Task, caches: dict[str, Cache]) -> tuple[Task, dict[str, np.nd
     task = tasks.with_classes(task, columns[task.train][1], f"cache {caches[task.train].fingerprint[:12]}")
     found = {s: tasks.labels(task, *columns[s], f"cache {caches[s].fingerprint[:12]}, split {s}") for s in columns}
     for split in task.evaluation:
-        if not len(labelled(found[split])):
+        if not len(tasks.labelled(found[split])):
             raise Refused(f"split {split} of {task.name} has no labels: it cannot be scored")
     return task, found
 
