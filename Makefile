@@ -11,7 +11,7 @@ ALWAYS := CONFIG SET
 
 # $(call options,NAMES): --name 'value' for each variable that is set; values are taken as they are, quotes and dollars too
 quote   = '$(subst ','\'',$(value $(1)))'
-options = $(foreach v,$(1) $(ALWAYS),$(if $(value $(v)),--$(shell echo $(v) | tr A-Z_ a-z-) $(call quote,$(v)))) $(if $(JSON),--json)
+options = $(foreach v,$(1) $(ALWAYS),$(if $(value $(v)),--$(shell echo $(v) | tr A-Z_ a-z-) $(call quote,$(v)))) $(if $(filter-out 0,$(JSON)),--json)
 
 .DEFAULT_GOAL := help
 .PHONY: help install plan extract train evaluate predict catalog bench test lint
@@ -40,7 +40,7 @@ extract: install ## stage one, every split of the task: the same variables, DASK
 	@$(BIN)/readcache extract $(call options,$(INPUTS) SPLITS DASK)
 
 train: install ## stage two, extracting first what is missing: the same, CELL HIDDEN POOL EPOCHS LR BATCH CACHE NO_EXTRACT=1
-	@$(BIN)/readcache train $(call options,$(INPUTS) DASK CELL HIDDEN POOL EPOCHS LR BATCH CACHE) $(if $(NO_EXTRACT),--no-extract)
+	@$(BIN)/readcache train $(call options,$(INPUTS) DASK CELL HIDDEN POOL EPOCHS LR BATCH CACHE) $(if $(filter-out 0,$(NO_EXTRACT)),--no-extract)
 
 evaluate: install ## scores of a saved run on a split: RUN TASK SPLIT STORE DEVICE BATCH
 	@$(BIN)/readcache evaluate $(call options,$(OFRUN) BATCH)

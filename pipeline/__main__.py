@@ -1,12 +1,12 @@
 """argv -> configuration -> one command. `readcache <verb> --help` explains every option."""
 
 import contextlib
-import errno
 import importlib
 import inspect
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +23,6 @@ from store.errors import Refused
 app = typer.Typer(name="readcache", help=__doc__, no_args_is_help=True, rich_markup_mode=None, add_completion=False,
                   pretty_exceptions_enable=False)  # fmt: skip
 
-_NO_WORK = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EACCES: "see to its permissions",
-            errno.EROFS: "choose another STORE", errno.EIO: "see to the disk"}  # fmt: skip
-
 
 def _run(verb: str, said: dict[str, Any]) -> int:
     as_json, file, sets = said.pop("json"), said.pop("config"), said.pop("set")
@@ -40,13 +37,14 @@ def _run(verb: str, said: dict[str, Any]) -> int:
         except Refused as error:
             document, status = {"error": str(error)}, 2
         except OSError as error:
-            if error.errno not in _NO_WORK:
-                raise
             place = f" ({error.filename})" if error.filename else ""
-            text = f"{error.strerror}{place}: {_NO_WORK[error.errno]}; nothing that was finished is lost, run again"
+            text = f"{error.strerror or error}{place}; nothing that was finished is lost: see to it and run again"
             document, status = {"error": text}, 2
         except KeyboardInterrupt:
             document, status = {"error": "interrupted; what was finished is kept, run again to go on"}, 130
+        except Exception as error:  # a mistake of ours: shown whole, and scripts still get their document
+            traceback.print_exc()
+            document, status = {"error": f"unexpected {type(error).__name__}: {error}"}, 1
     if status:
         warn(f"readcache {verb}: {document['error']}")
     if as_json:
@@ -102,11 +100,21 @@ for _verb in COMMANDS:
     app.command(_verb)(_command(_verb))
 
 
-def main() -> None:
-    """The command `readcache`."""
+def main(argv: list[str] | None = None) -> None:
+    """The command `readcache`: exit code 0, 2 for what the user can mend, 1 for what only we can."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    app()
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        status = app(args=words, standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own errors have it: an unknown verb or option
+            raise
+        text, status = " ".join(error.format_message().split()), 2
+        warn(error.format_message() if len(words) < 1 else f"readcache: {text}; --help lists what there is")
+        if "--json" in words:
+            print(json.dumps({"error": text}))
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":

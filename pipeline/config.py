@@ -198,7 +198,10 @@ def build(model: type[C], file: Path | None, sets: list[str], options: Mapping[s
             inner = inner.setdefault(group, {})
             if not isinstance(inner, dict):
                 raise Refused(f"--set {item}: {group} is a value, not a group")
-        inner[last] = yaml.safe_load(value)
+        try:
+            inner[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise Refused(f"--set {item}: {value!r} is not YAML ({' '.join(str(error).split())})") from None
     known = {name for command in COMMANDS.values() for name in command.model_fields}
     for name in said:
         if name not in known:

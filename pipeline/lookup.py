@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pipeline import recipe
 from pipeline.config import Train
 from stages import sources
 from stages.tasks import Task
-from store import catalog
+from store import Cache, catalog
 from store.catalog import Found
 from store.errors import Refused
 from store.fingerprint import canonical
@@ -21,7 +23,7 @@ class Looked(NamedTuple):
     caches: dict[str, Path] | None
     """split -> cache; None where one is missing"""
     near: list[str]
-    """for a message: caches of the same task, and in what they differ"""
+    """for a message: caches of the same task, in what they differ, and damaged ones; the last three"""
     unchecked: list[str]
     """what was not at hand, so that names had to decide"""
 
@@ -29,16 +31,23 @@ class Looked(NamedTuple):
 def look(config: Train, task: Task) -> Looked:
     """Find the caches of the splits that training needs. Raises Refused where several match."""
     checkpoint = sources.checkpoint(config.backbone, local=True)
-    digests, reason = _digests(config, task)
-    unchecked = [] if checkpoint else [f"backbone {config.backbone} (its files are not here)"]
-    unchecked += [] if digests else [f"data of {task.name} ({reason})"]
-    names = ({} if checkpoint else {"backbone": Path(config.backbone).name}) | ({} if digests else {"task": task.name})
-    every = [found for found in catalog.listing(config.store) if isinstance(found, Found)]
+    source = sources.data(task, config.data, partly=True)
+    digests = {split: source.digest(split) for split in source.files}
+    needed = (task.train, *task.evaluation)
+    unchecked = [] if checkpoint else [f"backbone {config.backbone}: its files are not here"]
+    unchecked += [f"{split} of {task.name}: {source.text} is not at hand" for split in needed if not digests.get(split)]
+    near = []
+    every = []
+    for found in catalog.listing(config.store):
+        if isinstance(found, Found):
+            every.append(found)
+        else:
+            near.append(str(found))
     picked = _picked(config, every)
     families: dict[bytes, dict[str, list[Found]]] = {}
-    near = []
-    for split in (task.train, *task.evaluation):
+    for split in needed:
         digest = digests.get(split)
+        names = ({} if checkpoint else {"backbone": Path(config.backbone).name}) | ({} if digest else {"task": task.name})
         whole = recipe.known(config, task, split, digest, checkpoint)
         wanted = recipe.identity(task, split, digest, checkpoint) if picked else whole
         for found in every:
@@ -61,19 +70,7 @@ def look(config: Train, task: Task) -> Looked:
             f"{'; '.join(near) or 'its other splits are not there'}; extract again, or choose another"
         )
     caches = {split: group[0].path for split, group in whole_families[0].items()} if whole_families else None
-    return Looked(caches, near, unchecked)
-
-
-def _digests(config: Train, task: Task) -> tuple[dict[str, str], str]:
-    """The digests of the data's files by split; none, and why, where they are not at hand."""
-    try:
-        source = sources.data(task, config.data)
-    except Refused as error:
-        if config.data is not None:
-            raise  # a folder was named: what is not in it is a mistake
-        return {}, str(error)
-    found = {split: source.digest(split) for split in source.files}
-    return {split: digest for split, digest in found.items() if digest}, "it comes from the hub"
+    return Looked(caches, near[-3:], unchecked)
 
 
 def _picked(config: Train, every: list[Found]) -> Found | None:
@@ -85,6 +82,14 @@ def _picked(config: Train, every: list[Found]) -> Found | None:
         known = "; ".join(_describe(item) for item in (found or every)) or "none"
         raise Refused(f"CACHE={config.cache} names {len(found)} caches under {config.store}; there are: {known}")
     return found[0]
+
+
+def label_column(task: Task, cache: Cache, split: str) -> tuple[tuple[np.ndarray, list[Any] | None], str]:
+    """A cache's label column, and what to call it in a message. Raises Refused where the cache carries none."""
+    where = f"cache {cache.fingerprint[:12]}, split {split}"
+    if task.label not in cache.columns():
+        raise Refused(f"{where}: no label column {task.label!r}; it carries {', '.join(cache.columns()) or 'none'}")
+    return cache.column(task.label), where
 
 
 def _goes_with(found: Found, picked: Found) -> bool:

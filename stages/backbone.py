@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from stages import depths
 from store.errors import Refused
 
 KINDS = {"encoder": "BERT, RoBERTa, DistilBERT, ALBERT, ELECTRA, DeBERTa, ModernBERT, MPNet, …"}
@@ -125,6 +126,11 @@ def _tensor(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) else out
 
 
+def _close(one: Tensor, two: Tensor) -> bool:
+    """Equal but for rounding in another order."""
+    return bool((one - two).abs().max() <= 1e-4 * one.abs().max())
+
+
 class Backbone:
     """A frozen transformer on a device."""
 
@@ -137,6 +143,33 @@ class Backbone:
         self.device = device
         self._one_at_a_time = threading.Lock()
         self.model = model.eval().requires_grad_(False).to(device)
+        self._check(path)
+
+    def _check(self, path: Path) -> None:
+        """See on a few tokens that the states are what they are called, and that padding does not reach real tokens.
+
+        Raises Refused for a model where hooks on its blocks do not see its hidden states (XLM), or that mixes padding in
+        whatever the mask (FNet).
+        """
+        pad = self.model.config.pad_token_id or 0
+        ids = torch.tensor([[token for token in range(5, 12) if token != pad][:6]])  # (1, 6)
+        names = depths.names("all", self.anatomy.depth, self.anatomy.final)
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        seen = self.hidden_states(whole, names)["encoder"]
+        with torch.inference_mode():
+            own = self.model(**{k: v.to(self.device) for k, v in whole.items()}, output_hidden_states=True).hidden_states
+        # the last of theirs is normed where a norm follows
+        if (
+            own is None
+            or len(own) != self.anatomy.depth + 1
+            or any(not _close(one, two) for one, two in zip(seen[: self.anatomy.depth], own, strict=False))
+        ):
+            raise Refused(f"backbone {path}: the outputs of its {self.anatomy.blocks} are not its hidden states; choose another")
+        short = {name: value[:, :3] for name, value in whole.items()}
+        padded = {"input_ids": ids.where(torch.arange(6) < 3, pad), "attention_mask": (torch.arange(6) < 3).long()[None]}
+        alone, beside = (self.hidden_states(batch, names)["encoder"] for batch in (short, padded))
+        if not all(_close(one, two[:, :3]) for one, two in zip(alone, beside, strict=True)):
+            raise Refused(f"backbone {path}: padding reaches its real tokens in spite of the mask; choose another")
 
     def hidden_states(self, inputs: dict[str, Tensor], states: list[str]) -> dict[str, list[Tensor]]:
         """One forward pass: {stream: S tensors (B, T, D)}, those named.

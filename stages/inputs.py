@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stages.sources import READERS, Checkpoint, Source
-from stages.tasks import Task, labels, with_classes
+from stages.tasks import Task
 from store.errors import Refused
 from store.order import shuffled
 
@@ -80,7 +80,8 @@ def load(task: Task, source: Source, split: str) -> Split:
     dataset = _demo(source, split, task) if source.kind == "demo" else _dataset(task, source, split, where)
     if not len(dataset):
         raise Refused(f"{where}: the split is empty")
-    for column in (*task.text, *(() if split in task.unlabelled else (task.label,))):
+    labelled = () if split in task.unlabelled else (task.label,)
+    for column in (*task.text, *labelled):
         if column not in dataset.column_names:
             raise Refused(f"{where}: no column {column!r}; it has {', '.join(dataset.column_names)}")
     for column in task.text:
@@ -90,7 +91,12 @@ def load(task: Task, source: Source, split: str) -> Split:
         if dataset.data.column(column).null_count:
             row = dataset.data.column(column).is_null().to_pylist().index(True)
             raise Refused(f"{where}: row {row} (counted from 0) has no text in column {column!r}; fill it in or drop the row")
-    columns = _columns(dataset, task)
+    csv = source.kind == "files" and source.files[split][0].suffix == ".csv"
+    columns = _columns(dataset, task, csv)
+    for column in labelled:
+        if column not in columns:
+            kind = dataset.data.schema.field(column).type
+            raise Refused(f"{where}: label column {column!r} holds {kind} that are no labels: numbers, or at most {FEW} texts")
     return Split(split, dataset, source.digest(split) or _content(dataset), columns)
 
 
@@ -103,17 +109,6 @@ def place(source: Source, split: str) -> str:
 def of_texts(columns: dict[str, list[str]]) -> datasets.Dataset:
     """A data set of texts that are at hand."""
     return datasets.Dataset.from_dict(dict(columns))
-
-
-def check_labels(task: Task, splits: dict[str, Split], source: Source) -> Task:
-    """Check every label of the labelled splits; returns the task with its classes named."""
-    train = splits.get(task.train)
-    if train is not None:
-        task = with_classes(task, train.columns[task.label][1], place(source, task.train))
-    for split in (task.train, *task.evaluation):
-        if split in splits and (task.classes or task.kind == "regression"):
-            labels(task, *splits[split].columns[task.label], place(source, split))
-    return task
 
 
 def _dataset(task: Task, source: Source, split: str, where: str) -> datasets.Dataset:
@@ -160,33 +155,48 @@ def _demo(source: Source, split: str, task: Task) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": [text for text, _ in taken], "label": [label for _, label in taken]})
 
 
-def _columns(dataset: datasets.Dataset, task: Task) -> dict[str, Column]:
+def _columns(dataset: datasets.Dataset, task: Task, csv: bool) -> dict[str, Column]:
     """The columns that are no input, as numbers: what is neither number, truth value nor short list of texts is left out."""
     found: dict[str, Column] = {}
     for name in dataset.column_names:
         if name in task.text:
             continue
         column, feature = dataset.data.column(name).combine_chunks(), dataset.features[name]
-        kind = column.type
         if isinstance(feature, datasets.ClassLabel):
             found[name] = (column.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), list(feature.names))
-        elif pa.types.is_integer(kind) and not column.null_count:
-            values = column.to_numpy(zero_copy_only=False).astype(np.int64)
-            distinct = np.unique(values)
-            found[name] = (values, distinct.tolist() if len(distinct) <= FEW else None)
-        elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            continue
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            column = _without_empty(column, csv)
+        kind = column.type
+        if pa.types.is_integer(kind):
+            distinct = column.slice(0, 2 * FEW).unique()  # ids and the like: not worth a look at all of them
+            values = sorted(v for v in column.unique().to_pylist() if v is not None) if len(distinct) <= FEW else []
+            numbers = column.cast(pa.float64()) if column.null_count else column
+            few = values if 0 < len(values) <= FEW else None
+            whole = np.float64 if column.null_count else np.int64
+            found[name] = (numbers.to_numpy(zero_copy_only=False).astype(whole), few)
+        elif pa.types.is_floating(kind):
             exact = np.float32 if kind == pa.float32() else np.float64
-            values = column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(exact)
-            found[name] = (values, None)
-        elif pa.types.is_boolean(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            if len(column.slice(0, 2 * FEW).unique()) > FEW:  # ids and the like: not worth a look at all of them
-                continue
+            found[name] = (column.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(exact), None)
+        elif (pa.types.is_boolean(kind) or pa.types.is_large_string(kind)) and len(column.slice(0, 2 * FEW).unique()) <= FEW:
             texts = column.cast(pa.large_string())
             names = sorted(value for value in texts.unique().to_pylist() if value is not None)
             if len(names) <= FEW:
                 places = pc.index_in(texts, value_set=pa.array(names, pa.large_string())).fill_null(-1)
                 found[name] = (places.to_numpy(zero_copy_only=False).astype(np.int64), names)
     return found
+
+
+def _without_empty(column: pa.Array, csv: bool) -> pa.Array:
+    """A column of text whose empty cells are missing; that of a csv file, where all cells are text, as numbers if it can be."""
+    texts = column.cast(pa.large_string())
+    texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.large_string()), texts)
+    for kind in (pa.int64(), pa.float64()) if csv and texts.null_count < len(texts) else ():
+        try:
+            return texts.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    return texts
 
 
 def _content(dataset: datasets.Dataset) -> str:
@@ -234,6 +244,8 @@ def tokenize(
                     file.write(np.concatenate([np.asarray(ids, kinds[name]) for ids in batch[name]]).tobytes())
         for file in files.values():
             file.close()
+        if max(lengths) > longest:
+            raise Refused(f"the tokenizer gives {max(lengths)} tokens where {longest} are the limit: raise max_length")
         if 0 in lengths:
             raise Refused(f"row {rows[lengths.index(0)]} (counted from 0) gives no token at all; drop it, or fill in its text")
         ids = np.memmap(Path(folder) / "input_ids", np.int32, "r")

@@ -19,7 +19,7 @@ def _correlation(measure: Callable[..., tuple[float, float]]) -> Callable[[np.nd
         # undefined for a constant, which has learned nothing: 0
         if len(labels) < 2 or np.ptp(predicted) == 0 or np.ptp(labels) == 0:
             return 0.0
-        return float(measure(predicted.astype(np.float64), labels.astype(np.float64))[0])
+        return float(measure(predicted, labels)[0])
 
     return score
 
@@ -27,8 +27,8 @@ def _correlation(measure: Callable[..., tuple[float, float]]) -> Callable[[np.nd
 SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": lambda predicted, labels: float(metrics.accuracy_score(labels, predicted)),
     "f1": _f1,
-    "matthews_correlation": lambda predicted, labels: float(metrics.matthews_corrcoef(labels, predicted)),
-    "pearson": _correlation(stats.pearsonr),
+    "matthews_correlation": _correlation(lambda predicted, labels: (metrics.matthews_corrcoef(labels, predicted), 0.0)),
+    "pearson": _correlation(lambda predicted, labels: stats.pearsonr(predicted.astype(np.float64), labels)),
     "spearmanr": _correlation(stats.spearmanr),
 }
 

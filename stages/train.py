@@ -95,7 +95,7 @@ def train(
             loss += batch_loss.detach() * len(batch.labels)
             seen += len(batch.labels)
         mean = float(loss) / seen
-        if not math.isfinite(mean):
+        if not math.isfinite(mean) or not all(torch.isfinite(parameter).all() for parameter in head.parameters()):
             raise Refused(f"the loss is {mean} in epoch {epoch}: the learning rate {schedule.lr} is too high; lower LR")
         found = score(task, say(head, choose))
         line = {"epoch": epoch, "loss": mean, "choose": found, "lr": rate, "seconds": time.perf_counter() - begun}

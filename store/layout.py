@@ -14,6 +14,7 @@ Chunks are raw little-endian bytes in C order followed by their crc32c (4 bytes)
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import zarr
@@ -29,6 +30,11 @@ FLAT_CHUNK = 1 << 22
 """items of one chunk of the arrays under examples/"""
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 """what a column, a task or a run may be called: it becomes a name on disk"""
+
+
+def column_path(name: str) -> str:
+    """Where a data set's column lies under examples/: its name, with what is not plain written as %XX."""
+    return f"columns/{quote(name, safe='')}"
 
 
 class Array(NamedTuple):

@@ -96,15 +96,21 @@ class Cache:
 
     def columns(self) -> list[str]:
         """The data set's other columns that the cache carries."""
-        prefix = "examples/columns/"
-        return [path.removeprefix(prefix) for path in self.arrays if path.startswith(prefix)]
+        return [str(array.attributes["column"]) for path, array in self.arrays.items() if path.startswith("examples/columns/")]
 
     def column(self, name: str) -> tuple[np.ndarray, list[Any] | None]:
         """A column (N,), and its distinct values if it has few.
 
         A column of text is stored as positions in its distinct values, -1 where there was none.
         """
-        return self.table(f"columns/{name}"), self.arrays[f"examples/columns/{name}"].attributes.get("values")
+        path = layout.column_path(name)
+        return self.table(path), self.arrays[f"examples/{path}"].attributes.get("values")
+
+    def check(self) -> None:
+        """Read every chunk once. Raises Damaged for the first whose crc32c is not its own."""
+        for path, array in self.arrays.items():
+            for number in range(array.chunk_count()):
+                self._read(path, number)
 
     def _read(self, path: str, number: int) -> np.ndarray:
         array = self.arrays[path]

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,15 @@ from store.errors import Refused
 from store.files import Receipt
 from store.layout import Array
 from store.manifest import Manifest
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, before any work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise Refused(f"{folder} cannot be written ({error.strerror}); choose another STORE or see to its rights") from None
 
 
 @contextmanager

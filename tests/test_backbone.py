@@ -136,6 +136,19 @@ def test_other_families_are_refused_by_name(tmp_path, config, said):
         describe(tmp_path, "tiny")
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (transformers.XLMConfig(emb_dim=16, n_layers=3, n_heads=2, vocab_size=30, n_words=30), "are not its hidden states"),
+        (transformers.FNetConfig(hidden_size=16, num_hidden_layers=3, intermediate_size=32, vocab_size=30), "padding reaches"),
+    ],
+)
+def test_a_model_whose_states_would_not_be_what_they_are_called_is_refused(tmp_path, config, said):
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(Refused, match=said):
+        opened(tmp_path)
+
+
 def test_positions_limit_the_length(folder):
     assert describe(folder("bert"), "b").longest == 512
     assert describe(folder("roberta"), "r").longest == 65  # 66 positions, the first behind the padding index 0

@@ -21,13 +21,13 @@ def call(capfd, verb, *words, status=0, **options):
     """Run a verb with --json; returns its document."""
     argv = [verb, *words, *(item for key, value in options.items() for item in (f"--{key.replace('_', '-')}", str(value)))]
     with pytest.raises(SystemExit) as left:
-        cli.app([*argv, "--json"])
+        cli.main([*argv, "--json"])
     out, err = capfd.readouterr()
     assert left.value.code == status, err
     document = json.loads(out)  # exactly one document, or this fails
     if status:
         assert set(document) == {"error"} and "Traceback" not in err
-        assert err.splitlines()[-1] == f"readcache {verb}: {document['error']}"
+        assert document["error"] in err.splitlines()[-1]
         assert "\n" not in document["error"]
     return document
 
@@ -148,8 +148,8 @@ class Gone:
         if name.split(".")[0] in ("transformers", "tokenizers", "datasets"):
             raise ImportError(f"{name} is not to be imported")
 sys.meta_path.insert(0, Gone())
-from pipeline.__main__ import app
-app()
+from pipeline.__main__ import main
+main()
 """
     words = [f"--{key.replace('_', '-')}={value}" for key, value in said.items()]
     done = subprocess.run(
@@ -176,6 +176,24 @@ def test_a_task_of_ones_own_keeps_its_class_names(capfd, said, tmp_path):
     assert set(answer["probabilities"]) == set(names)
 
 
+def test_a_label_column_may_have_any_name_and_what_is_wrong_with_it_is_seen_on_a_hit_too(capfd, said, tmp_path):
+    column = "Überschrift / (gold)"
+    for split, count in (("train", 60), ("dev", 20)):
+        rows = [{"body": text, column: y - 1 if n % 9 == 0 else y} for n, (text, y) in enumerate(map(sentence, range(count)))]
+        write_rows(tmp_path / f"{split}.jsonl", rows)
+    own = {key: value for key, value in said.items() if key != "data"} | {"task": tmp_path / "my.yaml"}
+    text = f"files: {{train: train.jsonl, validation: dev.jsonl}}\ntext: body\nlabel: {column!r}\n"
+    (tmp_path / "my.yaml").write_text(text)
+    trained = call(capfd, "train", **own, **FAST)
+    assert trained["unlabelled"]["train"] > 0 and trained["unchecked"] == []
+    for more, expected in (("classes: [1, 2]", "label 0 in column"), ("kind: ranking", "kind: Input should be")):
+        (tmp_path / "my.yaml").write_text(text + more)
+        for verb in ("plan", "extract", "train"):
+            assert expected in call(capfd, verb, **own, status=2)["error"]
+    (tmp_path / "my.yaml").write_text(text.replace(repr(column), "nope"))
+    assert "no label column 'nope'" in call(capfd, "extract", **own, status=2)["error"]
+
+
 def test_kill_9_and_again_ends_in_the_same_bytes(said, tmp_path, reviews):
     """A real process, killed for real once some chunks are there."""
     folder = tmp_path / "data"
@@ -185,7 +203,7 @@ def test_kill_9_and_again_ends_in_the_same_bytes(said, tmp_path, reviews):
         "import time; from pipeline import recipe; recipe.CHUNK_BYTES = 20000\n"
         "from store import writer; write = writer.write_chunk\n"
         "writer.write_chunk = lambda *a: (write(*a), time.sleep(0.05))\n"
-        "from pipeline.__main__ import app; app()"
+        "from pipeline.__main__ import main; main()"
     )
 
     def argv(root):
@@ -244,6 +262,10 @@ BAD = {
     "data": ("extract", {"data": "/nowhere"}, "DATA=/nowhere is not a folder"),
     "data of the task": ("train", {"task": "cola"}, "split train of cola is missing"),
     "splits": ("extract", {"splits": "dev"}, "has no split 'dev'"),
+    "layers without a block": ("train", {"layers": "0"}, "keeps no block"),
+    "no embedding": ("train", {"layers": "1-3", "set": "read.initial=embedding"}, "needs layer 0"),
+    "max_length without room": ("extract", {"max_length": 2}, "max_length 2 leaves no room for text"),
+    "set": ("train", {"set": "lr=["}, "'[' is not YAML"),
     "run": ("evaluate", {"run": "nope"}, "no run 'nope'; runs under"),
     "run upwards": ("evaluate", {"run": "../x"}, "neither a run's folder nor a name"),
     "no run": ("predict", {}, "give RUN="),
@@ -263,13 +285,14 @@ def test_bad_input_is_one_clear_line_and_costs_nothing(capfd, said, monkeypatch,
     }
     error = call(capfd, verb, status=2, **options | wrong)["error"]
     assert expected in error, error
-    assert not list(said["store"].glob("*/*"))
+    assert not list(said["store"].glob("*/*/*"))
 
 
 def test_an_unknown_option_is_refused(capfd):
     with pytest.raises(SystemExit) as left:
-        cli.app(["train", "--hiden", "3"])
+        cli.main(["train", "--hiden", "3"])
     assert left.value.code == 2 and "--hiden" in capfd.readouterr().err
+    assert "No such option: --hiden" in call(capfd, "train", hiden=3, status=2)["error"]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +341,7 @@ def test_a_disk_that_fills_is_one_line_and_the_next_run_goes_on(capfd, said, mon
 def test_a_store_that_cannot_be_written_is_refused(capfd, said, tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert f"the store {place} cannot be written" in call(capfd, "extract", **said | {"store": place}, status=2)["error"]
+        assert f"{place} cannot be written" in call(capfd, "extract", **said | {"store": place}, status=2)["error"]
 
 
 @pytest.mark.parametrize("verb", ["train", "extract", "plan"])
@@ -336,14 +359,39 @@ def test_a_damaged_cache_is_met_with_a_line(capfd, said, own_store, verb, victim
     assert victim in error and f"remove {own_store / 'caches' / fingerprint} and extract again" in error
 
 
-def test_an_altered_chunk_stops_training(capfd, said, own_store):
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_an_altered_chunk_stops_training(capfd, said, own_store, split, monkeypatch):
+    if split == "validation":  # it is read last, and still found first
+        monkeypatch.setattr("pipeline.commands.train.train", lambda *a: pytest.fail("it trained"))
     said |= {"store": own_store, "tokens": "all"}
-    fingerprint = call(capfd, "plan", **said)["splits"]["train"]["fingerprint"]
+    fingerprint = call(capfd, "plan", **said)["splits"][split]["fingerprint"]
     path = own_store / "caches" / fingerprint / "encoder/values/c.0.0.0"
     data = path.read_bytes()
     path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
     assert "its crc32c is" in call(capfd, "train", **said, **FAST, status=2)["error"]
-    assert not (own_store / "runs").exists()
+    assert not list((own_store / "runs" / "sst2").iterdir())
+
+
+def test_a_damaged_cache_is_named_where_nothing_may_be_extracted(capfd, said, own_store):
+    said |= {"store": own_store, "tokens": "all"}
+    fingerprint = call(capfd, "plan", **said)["splits"]["train"]["fingerprint"]
+    (own_store / "caches" / fingerprint / "manifest.json").unlink()
+    assert "manifest.json is missing" in call(capfd, "train", "--no-extract", **said, status=2)["error"]
+
+
+def test_runs_that_cannot_be_saved_are_refused_before_training(capfd, said, own_store, monkeypatch):
+    monkeypatch.setattr("pipeline.commands.train.train", lambda *a: pytest.fail("it trained"))
+    (own_store / "runs").write_text("")
+    error = call(capfd, "train", **said | {"store": own_store, "tokens": "all"}, status=2)["error"]
+    assert "cannot be written" in error
+
+
+def test_a_mistake_of_ours_still_gives_a_document(capfd, said, monkeypatch):
+    monkeypatch.setattr(plan_module, "prepare", lambda *a: 1 / 0)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["plan", "--json"])
+    out, err = capfd.readouterr()
+    assert left.value.code == 1 and "ZeroDivisionError" in json.loads(out)["error"] and "Traceback" in err
 
 
 def test_a_run_whose_cache_is_gone_says_how_to_get_it_back(capfd, said):
@@ -382,7 +430,7 @@ def test_a_backbone_that_changed_does_not_predict(capfd, said, tmp_path):
         ("", "is empty"),
         ("{", "line 1: not JSON"),
         ('{"words": "a"}\n', "line 1: no text in 'sentence'; it has words"),
-        ('{"sentence": "a"}\n[1]\n', "line 2: no text in 'sentence'; it has list"),
+        ('{"sentence": "a\u2028b"}\n[1]\n', "line 2: no text in 'sentence'; it has list"),
     ],
 )
 def test_a_bad_file_to_predict_is_named_by_line(capfd, said, tmp_path, text, expected):
@@ -420,7 +468,7 @@ def test_memory_holds_no_more_than_a_few_chunks_of_states(said, bert, tmp_path):
         peak.append(int(done.stdout.split()[-1]) * 1024)
         sizes.append(sum(p.stat().st_size for p in said["store"].rglob("c.*.0.0")))
     grown = sizes[1] - 2 * sizes[0]
-    assert grown > 60e6 and peak[1] - peak[0] < 0.5 * grown
+    assert grown > 60e6 and peak[1] - peak[0] < 0.25 * grown, (peak, grown)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -49,8 +49,27 @@ def test_other_columns_are_kept_as_numbers(tmp_path):
     assert columns["y"][0].tolist()[:4] == [-1, 0, 1, 1] and columns["y"][1] == ["a", "b"]
     assert columns["flag"][0].tolist()[:3] == [1, 0, 1] and columns["flag"][1] == ["false", "true"]
     assert columns["size"][0].tolist()[:3] == [0, 0.5, 1] and columns["size"][1] is None
-    assert columns["gap"][0][0] == 1 and np.isnan(columns["gap"][0][1:]).all()
+    assert columns["gap"][0][0] == 1 and np.isnan(columns["gap"][0][1:]).all() and columns["gap"][1] == [1]
     assert "id" not in columns  # 2,100 distinct texts are no classes
+
+
+@pytest.mark.parametrize(
+    ("cells", "values", "distinct"),
+    [
+        (["pos", "", "neg"], [1, -1, 0], ["neg", "pos"]),
+        (["1", "", "0"], [1, np.nan, 0], [0, 1]),
+        (["1.5", "", "0.5"], [1.5, np.nan, 0.5], None),
+        (["1", "0", "1"], [1, 0, 1], [0, 1]),
+    ],
+)
+def test_an_empty_cell_of_a_csv_is_missing_and_no_class(tmp_path, cells, values, distinct):
+    split = load(tmp_path, name="data.csv", text="text,y\n" + "".join(f"a,{cell}\n" for cell in cells))
+    assert np.array_equal(split.columns["y"][0], values, equal_nan=True) and split.columns["y"][1] == distinct
+
+
+def test_a_label_column_that_holds_no_labels_is_refused(tmp_path):
+    with pytest.raises(Refused, match="label column 'y' holds string that are no labels"):
+        load(tmp_path, rows=[{"text": "a", "y": f"x{n}"} for n in range(1200)])
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,30 @@ def test_a_stale_cache_is_never_served(tmp_path, bert, reviews, extracted, copie
 def test_where_files_are_gone_names_decide_and_the_run_says_so(extracted):
     found = look(wanted("/gone/tiny-bert", None, extracted), tasks.find("sst2"))
     assert set(found.caches) == {"train", "validation"}
-    assert [text.split(" (")[0] for text in found.unchecked] == ["backbone /gone/tiny-bert", "data of sst2"]
+    unchecked = [text.split(":")[0] for text in found.unchecked]
+    assert unchecked == ["backbone /gone/tiny-bert", "train of sst2", "validation of sst2"]
     assert look(wanted("/gone/other-bert", None, extracted), tasks.find("sst2")).caches is None
     assert look(wanted("/gone/tiny-bert", None, extracted), tasks.find("rte")).caches is None
+
+
+def test_each_split_is_compared_by_itself(tmp_path, bert, reviews):
+    """Train's file is gone, validation's changed: the old validation cache is not served."""
+    from pipeline.commands import extract
+    from pipeline.show import Show
+
+    shutil.copytree(reviews / "sst2", tmp_path / "files")
+    path = tmp_path / "own.yaml"
+    path.write_text("files: {train: files/train.jsonl, validation: files/validation.jsonl}\ntext: sentence\nlabel: label\n")
+    said = {"task": str(path), "data": None}
+    config = wanted(bert, reviews, tmp_path / "s", **said)
+    extract.run(Extract.part_of(config, "train,validation"), Show(True))
+    (tmp_path / "files" / "train.jsonl").unlink()
+    found = look(config, tasks.find(str(path)))
+    assert set(found.caches) == {"train", "validation"} and len(found.unchecked) == 1
+    changed = tmp_path / "files" / "validation.jsonl"
+    changed.write_text(changed.read_text().replace("good", "fine", 1))
+    found = look(config, tasks.find(str(path)))
+    assert found.caches is None and "differs in data.digest" in found.near[0]
 
 
 def test_several_matches_are_listed_and_one_is_chosen_by_prefix(tmp_path, bert, reviews, own_store, copies):

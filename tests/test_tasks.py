@@ -50,7 +50,9 @@ def test_a_users_own_task(tmp_path):
         (GOOD + "classes: [one]", "two or more"),
         (GOOD + "classes: [a, b]\nkind: regression", "classes .* are for classification"),
         (GOOD + "hub: a/b", "give either `files:`"),
-        (GOOD.replace("text: body", "text: [a, b, c]"), "text"),
+        (GOOD.replace("text: body", "text: [a, b, c]"), "text: Value should have at most 2 items"),
+        (GOOD.replace("text: body", "text: [a, a]"), "must be columns of their own"),
+        (GOOD.replace("text: body", "text: stars"), "must be columns of their own"),
         (GOOD.replace("validation", "dev"), "it needs `train` and `validation`"),
         (GOOD.replace("label: stars", ""), "label: Field required"),
         ("- 1", "holds no fields"),
@@ -91,11 +93,24 @@ def test_a_label_outside_its_classes_is_named(values, distinct):
 
 
 def test_classes_are_the_distinct_labels_of_train():
-    assert tasks.with_classes(task(), ["x", "y"], "here").classes == ("x", "y")
-    assert tasks.with_classes(task(), [-1, 3, 4], "here").classes == ("3", "4")
+    def settle(distinct, values=(0, 1)):
+        return tasks.settle(task(), {"train": (np.array(values), distinct)}, {"train": "here"})
+
+    assert settle(["x", "y"])[0].classes == ("x", "y")
+    named, found = settle([-1, 3, 4], [4, -1, 3])
+    assert named.classes == ("3", "4") and found["train"].tolist() == [1, -1, 0]
     for distinct, said in ((None, "too many"), (["x"], "1 distinct"), ([-1], "0 distinct")):
         with pytest.raises(Refused, match=said):
-            tasks.with_classes(task(), distinct, "here")
+            settle(distinct)
+    assert tasks.settle(task(), {"validation": (np.array([0]), ["x"])}, {}) == (task(), {})
+
+
+def test_a_missing_label_is_never_a_class():
+    signs = task(classes=("-1", "1"))
+    assert tasks.labels(signs, np.array([1, -1, np.nan]), [-1, 1], "x").tolist() == [1, 0, -1]
+    assert np.isnan(tasks.labels(tasks.find("stsb"), np.array([-1.0, 3]), None, "x")).tolist() == [True, False]
+    own = task(kind="regression")
+    assert tasks.labels(own, np.array([-1.0, np.nan]), None, "x")[0] == -1  # a number like any other
 
 
 def test_regression_takes_numbers_only():

@@ -1,11 +1,13 @@
 """Scores of a saved run on a split, from the cache."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import store
 from pipeline import recipe, runs
 from pipeline.config import Evaluate
+from pipeline.lookup import label_column
 from pipeline.runs import Run
 from pipeline.show import Show
 from stages import tasks
@@ -26,10 +28,8 @@ def run(config: Evaluate, show: Show) -> dict[str, Any]:
     metrics, examples = {}, {}
     for split in [config.split] if config.split else task.evaluation:
         cache = cache_of(config.store, found, split)
-        where = f"cache {cache.fingerprint[:12]}, split {split}"
-        if task.label not in cache.columns():
-            raise Refused(f"{where} carries no column {task.label!r}: it has no labels to score; predict it instead")
-        labels = tasks.labels(task, *cache.column(task.label), where)
+        column, where = label_column(task, cache, split)
+        labels = tasks.labels(task, *column, where)
         scored = tasks.labelled(labels)
         if not len(scored):
             raise Refused(f"{where} has no labels to score; `predict --run {found.path.name} --split {split}` gives the answers")
@@ -47,14 +47,11 @@ def cache_of(root: Path, run: Run, split: str) -> Cache:
 
     Raises Refused where it is gone, saying how to get it back.
     """
-    made = run.told["recipe"]
-    again = (
-        f"extract it again: readcache extract --task {run.told['config']['task']} --backbone {run.told['backbone']} "
-        f"--tokens {made['tokens']} --layers {made['layers']} --codec {made['codec']} --max-length {made['max_length']} "
-        f"--splits {split}"
-        + (f" --limit {made['limit']}" if made["limit"] else "")
-        + (f" --data {run.told['config']['data']}" if run.told["config"]["data"] else "")
-    )
+    made, config = run.told["recipe"], run.told["config"]
+    words = {"task": config["task"], "backbone": run.told["backbone"], "data": config["data"], "splits": split}
+    words |= {name: made[name] for name in ("tokens", "layers", "codec", "max_length", "limit", "order_seed")}
+    options = " ".join(f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in words.items() if v is not None)
+    again = f"extract it again: readcache extract {options}"
     fingerprint = run.told["fingerprints"].get(split)
     if fingerprint:
         path = catalog.find(root, fingerprint)

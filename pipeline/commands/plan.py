@@ -1,7 +1,6 @@
 """What stage one would do, before anything is spent. `extract` goes through the same door."""
 
 import shutil
-import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import store
 from pipeline import recipe
 from pipeline.config import Plan
+from pipeline.lookup import label_column
 from pipeline.show import Show, duration, size
 from stages import depths, extract, inputs, selection, sources, tasks
 from stages.backbone import Anatomy, Backbone, describe
@@ -99,7 +99,7 @@ def prepare(config: Plan, again: bool = False) -> Planned:
     codec(config.codec)
     depths.parse(config.layers)
     pick(config.device)
-    check_writable(config.store)
+    writer.check_writable(config.store)
     source = sources.data(task, config.data)
     checkpoint = sources.checkpoint(config.backbone, local=False)
     assert checkpoint is not None
@@ -107,6 +107,9 @@ def prepare(config: Plan, again: bool = False) -> Planned:
     states = depths.names(config.layers, anatomy.depth, anatomy.final)
     tokenizer = inputs.tokenizer(checkpoint)
     longest = min(anatomy.longest, tokenizer.model_max_length)
+    least = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2) + len(task.text)
+    if config.max_length < least:
+        raise Refused(f"max_length {config.max_length} leaves no room for text: task {task.name} needs at least {least}")
     if config.max_length > longest:
         raise Refused(f"max_length {config.max_length} is above the {longest} tokens that backbone {config.backbone} takes")
     known = {
@@ -122,13 +125,13 @@ def prepare(config: Plan, again: bool = False) -> Planned:
     }
     hits = {split: None if again else _hit(config.store, known[split]) for split in known}
     splits = {split: inputs.load(task, source, split) for split in known if hits[split] is None}
-    if splits:
-        inputs.check_labels(task, splits, source)
+    for split, loaded in splits.items():
+        if not source.files:  # from the hub: the digest is known only now
+            known[split]["data"]["digest"] = loaded.digest
+            hits[split] = None if again else _hit(config.store, known[split])
+    _check_labels(task, source, splits, {split: hit for split, hit in hits.items() if hit})
     parts = {}
     for split, found in known.items():
-        if split in splits and not source.files:  # from the hub: the digest is known only now
-            found["data"]["digest"] = splits[split].digest
-            hits[split] = None if again else _hit(config.store, found)
         hit = hits[split]
         if hit:
             parts[split] = Part(hit.fingerprint, hit.path, hit.manifest, None)
@@ -136,6 +139,17 @@ def prepare(config: Plan, again: bool = False) -> Planned:
             build = _lay_out(config, task, anatomy, tokenizer, splits[split], found)
             parts[split] = Part(build.planned.fingerprint, None, build.planned, build)
     return Planned(task, anatomy, checkpoint, states, parts)
+
+
+def _check_labels(task: Task, source: sources.Source, splits: dict[str, inputs.Split], hits: dict[str, store.Cache]) -> None:
+    """Refuse a label outside its classes, in new data and in caches that are there already."""
+    columns, where = {}, {}
+    for split in (task.train, *task.evaluation):
+        if split in hits:
+            columns[split], where[split] = label_column(task, hits[split], split)
+        elif split in splits:
+            columns[split], where[split] = splits[split].columns[task.label], inputs.place(source, split)
+    tasks.settle(task, columns, where)
 
 
 def wanted(config: Plan, task: Task, source: sources.Source) -> list[str]:
@@ -178,8 +192,8 @@ def _lay_out(config: Plan, task: Task, anatomy: Anatomy, tokenizer: Any, split: 
     if tokens.types is not None:
         tables["token_type_ids"] = (tokens.types, {})
     for name, (values, distinct) in split.columns.items():
-        if layout.PLAIN_NAME.fullmatch(name):
-            tables[f"columns/{name}"] = (values[rows], {} if distinct is None else {"values": distinct})
+        few = {} if distinct is None else {"values": distinct}
+        tables[layout.column_path(name)] = (values[rows], {"column": name} | few)
     arrays = layout.state_arrays("encoder", config.codec, placement, states, anatomy.width)
     for name, (values, attributes) in tables.items():
         arrays[f"examples/{name}"] = layout.flat_array(values, **attributes)
@@ -195,17 +209,6 @@ def _lay_out(config: Plan, task: Task, anatomy: Anatomy, tokenizer: Any, split: 
     sizes |= {path: len(text) for path, text in layout.metadata(arrays, manifest.attributes(found)).items()}
     planned = manifest.planned(found, about, counts, sizes)
     return Build(tokens, placement, arrays, {f"examples/{n}": v for n, (v, _) in tables.items()}, planned)
-
-
-def check_writable(root: Path) -> None:
-    """Refuse a store that cannot be written, before any work."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=root).close()
-    except OSError as error:
-        raise Refused(
-            f"the store {root} cannot be written ({error.strerror}); choose another STORE or see to its rights"
-        ) from None
 
 
 def free_bytes(root: Path) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline import recipe as recipe_module
 from pipeline import runs
 from pipeline.commands.evaluate import cache_of
 from pipeline.config import Predict
@@ -38,7 +39,7 @@ def run(config: Predict, show: Show) -> dict[str, Any]:
         said = _split(config, found, head, device)
     else:
         texts = _texts(config, task)
-        said = _told(task, _new(config, found, texts, head, device))
+        said = _told(task, _new(config, show, found, texts, head, device))
         said = [{"text": list(pair)} | answer for pair, answer in zip(zip(*texts, strict=True), said, strict=True)]
     for answer in said:
         what = " | ".join(answer["text"]) if "text" in answer else f"row {answer['row']}"
@@ -81,7 +82,7 @@ def _texts(config: Predict, task: Task) -> list[list[str]]:
         return [[str(text)] for text in given]
     columns: list[list[str]] = [[] for _ in task.text]
     try:
-        lines = config.file.read_text().splitlines()
+        lines = config.file.read_text("utf-8").split("\n")  # and no other line break: JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"FILE={config.file} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     for number, line in enumerate(lines, 1):
@@ -101,7 +102,7 @@ def _texts(config: Predict, task: Task) -> list[list[str]]:
     return columns
 
 
-def _new(config: Predict, found: Run, texts: list[list[str]], head: Head, device: torch.device) -> np.ndarray:
+def _new(config: Predict, show: Show, found: Run, texts: list[list[str]], head: Head, device: torch.device) -> np.ndarray:
     """Outputs (n, K) for new texts."""
     recipe = found.told["recipe"]
     name = config.backbone or found.told["backbone"]
@@ -117,6 +118,9 @@ def _new(config: Predict, found: Run, texts: list[list[str]], head: Head, device
                 f"backbone {name}: its {what} digest is {now[:12]}…, run {found.path.name} was trained on {then[:12]}…; "
                 f"give BACKBONE=<the folder it was trained on>, or train again"
             )
+    version = recipe_module.transformers_version()
+    if version != recipe["transformers"]:
+        show.line(f"the run's states are of transformers {recipe['transformers']}, here is {version}: they may differ a little")
     # here and not above: predicting for a cached split needs no transformers
     inputs, extract = importlib.import_module("stages.inputs"), importlib.import_module("stages.extract")
     backbones = importlib.import_module("stages.backbone")

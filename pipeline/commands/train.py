@@ -12,10 +12,9 @@ import torch
 import store
 from pipeline import runs
 from pipeline.config import Extract, Train
-from pipeline.lookup import look
+from pipeline.lookup import label_column, look
 from pipeline.show import Show, duration, size
-from stages import baselines, tasks
-from stages.depths import Depths
+from stages import baselines, depths, tasks
 from stages.device import pick
 from stages.evaluate import say, score
 from stages.heads import check_pool
@@ -24,7 +23,7 @@ from stages.read import CELLS
 from stages.selection import check as check_tokens
 from stages.tasks import Task
 from stages.train import Schedule, hold_out, train
-from store import Cache
+from store import Cache, writer
 from store.codecs import codec
 from store.errors import Refused
 
@@ -36,11 +35,16 @@ def run(config: Train, show: Show) -> dict[str, Any]:
     task, device = check(config), pick(config.device)
     seconds: dict[str, float] = {}
     with _Clock(seconds, "extract"):
-        caches = _caches(config, task, show)
+        caches, unchecked = _caches(config, task, show)
     train_cache = caches[task.train]
     recipe = train_cache.manifest.recipe
     pool = check_pool(config.pool, recipe["tokens"])
     task, labels = _labels(task, caches)
+    unlabelled = {split: int(len(known) - len(tasks.labelled(known))) for split, known in labels.items()}
+    if any(unlabelled.values()):
+        show.line(f"without a label, and left out: {', '.join(f'{count:,} of {s}' for s, count in unlabelled.items() if count)}")
+    for split in task.evaluation:
+        caches[split].check()  # these are read last: what is wrong with them is said first
     fit, choose = hold_out(labels[task.train], config.schedule.hold_out, config.seed)
     if task.kind == "classification" and len(np.unique(labels[task.train][fit])) < 2:
         only = task.classes[labels[task.train][fit][0]] if task.classes else ""
@@ -75,7 +79,7 @@ def run(config: Train, show: Show) -> dict[str, Any]:
     with _Clock(seconds, "evaluate"):
         metrics = {split: score(task, say(head, loader)) for split, loader in evaluation.items()}
     with _Clock(seconds, "baselines"):
-        plain = baselines.beside(task, fitting, choosing, evaluation, pool, Depths.of(shape["states"]))
+        plain = baselines.beside(task, fitting, choosing, evaluation, pool, depths.Depths.of(shape["states"]))
 
     document = {
         "task": task.name,
@@ -87,6 +91,8 @@ def run(config: Train, show: Show) -> dict[str, Any]:
         "parameters": parameters,
         "examples": {"train": len(fit), "choose": len(choose)} | {s: len(loader) for s, loader in evaluation.items()},
         "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
+        "unlabelled": unlabelled,
+        "unchecked": unchecked,
         "cache_bytes": sum(cache.manifest.bytes for cache in caches.values()),
     }
     told = document | {
@@ -110,11 +116,17 @@ def check(config: Train) -> Task:
         raise Refused(f"unknown cell {config.cell!r}; known: {', '.join(CELLS)}")
     if config.cache is None:
         check_pool(config.pool, config.tokens)
+        kept = depths.parse(config.layers)
+        if kept is not None and not any(kept):
+            raise Refused(f"layers {config.layers} keeps no block, and READ runs over block outputs; add some of 1 … L")
+        if config.read.initial == "embedding" and kept is not None and 0 not in kept:
+            raise Refused(f"read.initial=embedding needs layer 0, and layers is {config.layers}; add 0 to it")
+    writer.check_writable(config.store / "runs" / task.name)
     return task
 
 
-def _caches(config: Train, task: Task, show: Show) -> dict[str, Cache]:
-    """The caches of train and the evaluation splits: found, or extracted."""
+def _caches(config: Train, task: Task, show: Show) -> tuple[dict[str, Cache], list[str]]:
+    """The caches of train and the evaluation splits, found or extracted; and what they could not be compared with."""
     looked = look(config, task)
     paths = looked.caches
     if paths is None and config.no_extract:
@@ -127,10 +139,14 @@ def _caches(config: Train, task: Task, show: Show) -> dict[str, Cache]:
         extract = importlib.import_module("pipeline.commands.extract")
         made = extract.run(Extract.part_of(config, ",".join((task.train, *task.evaluation))), show)["splits"]
         paths = {split: config.store / "caches" / said["fingerprint"] for split, said in made.items()}
-    elif looked.unchecked:
-        show.line(
-            f"not compared with the cache: {'; '.join(looked.unchecked)}; the cache was chosen by the names in its manifest"
-        )
+        return _opened(paths, show), []
+    if looked.unchecked:
+        unchecked = "; ".join(looked.unchecked)
+        show.line(f"not compared with the cache: {unchecked}; the cache was chosen by the names in its manifest")
+    return _opened(paths, show), looked.unchecked
+
+
+def _opened(paths: dict[str, Path], show: Show) -> dict[str, Cache]:
     caches = {split: store.open(path) for split, path in paths.items()}
     for split, cache in caches.items():
         show.line(f"{split}: cache {cache.fingerprint[:12]}, {len(cache.length):,} examples, {size(cache.manifest.bytes)}")
@@ -139,14 +155,10 @@ def _caches(config: Train, task: Task, show: Show) -> dict[str, Cache]:
 
 def _labels(task: Task, caches: dict[str, Cache]) -> tuple[Task, dict[str, np.ndarray]]:
     """The task with its classes named, and the labels of every split from its cache."""
-    columns = {}
+    columns, where = {}, {}
     for split, cache in caches.items():
-        if task.label not in cache.columns():
-            known = ", ".join(cache.columns()) or "none"
-            raise Refused(f"cache {cache.fingerprint[:12]} ({split}) carries no column {task.label!r}; it carries {known}")
-        columns[split] = cache.column(task.label)
-    task = tasks.with_classes(task, columns[task.train][1], f"cache {caches[task.train].fingerprint[:12]}")
-    found = {s: tasks.labels(task, *columns[s], f"cache {caches[s].fingerprint[:12]}, split {s}") for s in columns}
+        columns[split], where[split] = label_column(task, cache, split)
+    task, found = tasks.settle(task, columns, where)
     for split in task.evaluation:
         if not len(tasks.labelled(found[split])):
             raise Refused(f"split {split} of {task.name} has no labels: it cannot be scored")
