@@ -14,7 +14,7 @@ Chunks are raw little-endian bytes in C order followed by their crc32c (4 bytes)
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 import zarr
@@ -33,8 +33,16 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
 def column_path(name: str) -> str:
-    """Where a data set's column lies under examples/: its name, with what is not plain written as %XX."""
-    return f"columns/{quote(name, safe='')}"
+    """Where a data set's column lies under examples/: its name, with what is not plain written as %XX.
+
+    Dots too: `..` would leave the folder, and `zarr.json` is taken.
+    """
+    return f"columns/{quote(name, safe='').replace('.', '%2E')}"
+
+
+def column_name(path: str) -> str:
+    """The column that lies at a path."""
+    return unquote(path.rsplit("/", 1)[1])
 
 
 class Array(NamedTuple):

@@ -96,7 +96,7 @@ class Cache:
 
     def columns(self) -> list[str]:
         """The data set's other columns that the cache carries."""
-        return [str(array.attributes["column"]) for path, array in self.arrays.items() if path.startswith("examples/columns/")]
+        return [layout.column_name(path) for path in self.arrays if path.startswith("examples/columns/")]
 
     def column(self, name: str) -> tuple[np.ndarray, list[Any] | None]:
         """A column (N,), and its distinct values if it has few.

@@ -48,3 +48,9 @@ def test_metadata_are_what_zarr_writes_and_depend_on_nothing_else():
     assert set(layout.metadata(arrays, {})) == {
         "zarr.json", "encoder/zarr.json", "encoder/values/zarr.json", "examples/zarr.json", "examples/key/zarr.json"
     }  # fmt: skip
+
+
+@given(st.text(min_size=1, max_size=40) | st.sampled_from(["..", ".", "zarr.json", "c.0", "a/b", "../x"]))
+def test_a_columns_name_comes_back_from_its_path_and_stays_in_its_folder(name):
+    path = layout.column_path(name)
+    assert layout.column_name(f"examples/{path}") == name and path.count("/") == 1 and "." not in path
