@@ -96,6 +96,7 @@ def place(lengths: np.ndarray, row_bytes: int, chunk_bytes: int) -> Placement:
     # n chunks of ceil(total / n) + longest - 1 rows always suffice, since each is left with fewer than `longest` empty rows
     even = -(-total // -(-total // limit)) + longest - 1
     rows = min(limit, even, total)
+    assert rows >= longest, (rows, longest)  # or the loop below would not end
     ends = np.cumsum(lengths)
     first = [0]
     start = np.empty(len(lengths), np.int64)
