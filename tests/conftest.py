@@ -11,6 +11,11 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="readcache-tests-")  # ne
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# a busy machine is slow, not wrong
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 TEXT = "good bad fine awful great dull film plot actor scene the a of and is was very not quite never"
 WORDS = TEXT.split()
