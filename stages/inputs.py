@@ -1,4 +1,4 @@
-"""Rows of a data set to text to ragged token ids to padded batches. Sole home of `datasets` and of tokenizers."""
+"""The rows of a data set, checked: its inputs, and its other columns as numbers. Sole home of `datasets`."""
 
 import hashlib
 import json
@@ -10,11 +10,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from huggingface_hub import HfApi
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from PIL import Image
 
-from stages.sources import READERS, Checkpoint, Source
+from stages.sources import IMAGES, READERS, Source
 from stages.tasks import Task
 from store.errors import Refused
 from store.order import shuffled
@@ -23,7 +22,7 @@ FEW = 1000
 """a column with at most this many distinct values carries them, so that classes can be named"""
 
 BLOCK = 1000
-"""examples that are tokenised at a time"""
+"""rows that are hashed at a time"""
 
 Column = tuple[np.ndarray, list[Any] | None]
 """(N,) numbers, and the distinct values if they are few; text is stored as positions in these"""
@@ -44,44 +43,15 @@ class Split(NamedTuple):
     """every column that is no input, of the whole split"""
 
 
-class Tokens(NamedTuple):
-    """The token ids of a split's examples, ragged, in the order of the cache."""
-
-    ids: np.ndarray
-    """(tokens,) int32, memory-mapped"""
-    types: np.ndarray | None
-    """(tokens,) uint8 segment of each token in a pair, where the backbone wants it"""
-    offset: np.ndarray
-    """(N + 1,) int64 where an example's tokens begin"""
-    source: np.ndarray
-    """(N,) int64 the example's row in the data set"""
-    cut: int
-    """how many examples were cut to the maximum length"""
-    pad: int
-    """the id that fills a batch"""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(N,) tokens of each example."""
-        return np.diff(self.offset)
-
-    def keys(self) -> np.ndarray:
-        """(N, 16) uint8: blake2b of each example's ids and segments, to know the same input again."""
-        found = np.empty((len(self.source), 16), np.uint8)
-        for number, (begin, end) in enumerate(zip(self.offset[:-1], self.offset[1:], strict=True)):
-            text = self.ids[begin:end].tobytes() + (b"" if self.types is None else self.types[begin:end].tobytes())
-            found[number] = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), np.uint8)
-        return found
-
-
 def load(task: Task, source: Source, split: str) -> Split:
     """Load a split and check all that can be wrong with it. Raises Refused naming file, column and row."""
     where = place(source, split)
-    dataset = _demo(source, split, task) if source.kind == "demo" else _dataset(task, source, split, where)
+    read = {"demo": _demo, "digits": _digits}.get(source.kind, _dataset)
+    dataset = read(task, source, split, where)
     if not len(dataset):
         raise Refused(f"{where}: the split is empty")
     labelled = () if split in task.unlabelled else (task.label,)
-    for column in (*task.text, *labelled):
+    for column in (*task.inputs, *labelled):
         if column not in dataset.column_names:
             raise Refused(f"{where}: no column {column!r}; it has {', '.join(dataset.column_names)}")
     for column in task.text:
@@ -91,6 +61,8 @@ def load(task: Task, source: Source, split: str) -> Split:
         if dataset.data.column(column).null_count:
             row = dataset.data.column(column).is_null().to_pylist().index(True)
             raise Refused(f"{where}: row {row} (counted from 0) has no text in column {column!r}; fill it in or drop the row")
+    if task.image:
+        dataset = _as_images(dataset, task.image, where)
     csv = source.kind == "files" and source.files[split][0].suffix == ".csv"
     columns = _columns(dataset, task, csv)
     for column in labelled:
@@ -106,15 +78,33 @@ def place(source: Source, split: str) -> str:
     return f"{files}, split {split}"
 
 
+def _as_images(dataset: datasets.Dataset, column: str, where: str) -> datasets.Dataset:
+    """The data set with its images to be opened when they are read."""
+    kind = dataset.features[column]
+    if isinstance(kind, datasets.Image):
+        return dataset
+    stored = dataset.data.schema.field(column).type
+    if not (pa.types.is_binary(stored) or pa.types.is_large_binary(stored) or pa.types.is_struct(stored)):
+        raise Refused(f"{where}: image column {column!r} holds {stored}, not the bytes of images; name another column")
+    return dataset.cast_column(column, datasets.Image())
+
+
 def of_texts(columns: dict[str, list[str]]) -> datasets.Dataset:
     """A data set of texts that are at hand."""
     return datasets.Dataset.from_dict(dict(columns))
+
+
+def of_images(columns: dict[str, list[str]]) -> datasets.Dataset:
+    """A data set of image files that are at hand."""
+    return datasets.Dataset.from_dict(dict(columns), features=datasets.Features(dict.fromkeys(columns, datasets.Image())))
 
 
 def _dataset(task: Task, source: Source, split: str, where: str) -> datasets.Dataset:
     if source.kind == "hub":
         return _hub(task, source, split)
     files = [str(path) for path in source.files[split]]
+    if Path(files[0]).suffix in IMAGES:
+        return _folder(files)
     reader = READERS[Path(files[0]).suffix]
     # text such as "NA" and "null" is text
     more: dict[str, Any] = {"keep_default_na": False} if reader == "csv" else {}
@@ -145,7 +135,24 @@ def _hub(task: Task, source: Source, split: str) -> datasets.Dataset:
         raise Refused(f"{source.text}: split {split} could not be had ({type(error).__name__}: {reason}); {instead}") from None
 
 
-def _demo(source: Source, split: str, task: Task) -> datasets.Dataset:
+def _folder(files: list[str]) -> datasets.Dataset:
+    """A folder of class folders: columns `image` and `label`."""
+    labels = [Path(file).parent.name for file in files]
+    classes = datasets.ClassLabel(names=sorted(set(labels)))
+    held = datasets.Dataset.from_dict({"image": files, "label": labels})
+    return held.cast_column("image", datasets.Image()).cast_column("label", classes)
+
+
+def _digits(task: Task, source: Source, split: str, where: str) -> datasets.Dataset:
+    """scikit-learn's copy of the UCI test digits: 8 × 8 pixels of 0 … 16. See `sources.DIGITS_SPLIT` for the rule."""
+    table = np.loadtxt(source.files[split][0], np.uint8, delimiter=",")  # (1797, 65)
+    taken = [row for row in table if (row[:64].sum(dtype=int) % 5 == 0) == (split != task.train)]
+    pixels = [Image.fromarray((row[:64].reshape(8, 8) * 15).astype(np.uint8)) for row in taken]
+    columns = {"image": pixels, "label": [int(row[64]) for row in taken]}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(image=datasets.Image(), label=datasets.Value("int64")))
+
+
+def _demo(task: Task, source: Source, split: str, where: str) -> datasets.Dataset:
     """BBC news: one folder a class, one file a text. See `sources.DEMO_SPLIT` for the rule."""
     seen: dict[str, tuple[str, str]] = {}
     for path in source.files[split]:
@@ -159,7 +166,7 @@ def _columns(dataset: datasets.Dataset, task: Task, csv: bool) -> dict[str, Colu
     """The columns that are no input, as numbers: what is neither number, truth value nor short list of texts is left out."""
     found: dict[str, Column] = {}
     for name in dataset.column_names:
-        if name in task.text:
+        if name in task.inputs:
             continue
         column, feature = dataset.data.column(name).combine_chunks(), dataset.features[name]
         if isinstance(feature, datasets.ClassLabel):
@@ -207,61 +214,6 @@ def _content(dataset: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-def tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The backbone's own tokenizer."""
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise Refused(f"backbone {checkpoint.name}: {checkpoint.path} has no tokenizer that loads ({reason})") from None
-
-
 def order(count: int, limit: int | None, seed: int) -> np.ndarray:
     """Which rows of the data set are in the cache, and in which order: a seeded shuffle, the first `limit` of it."""
     return shuffled(count, seed)[:limit]
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, dataset: datasets.Dataset, columns: tuple[str, ...], rows: np.ndarray, longest: int
-) -> Tokens:
-    """Token ids of the given rows, special tokens included, each cut to `longest` tokens; pairs as pairs.
-
-    Ids go to a temporary file and are mapped from there, so that memory does not grow with the data set. Raises
-    Refused for an example without any token.
-    """
-    lengths: list[int] = []
-    cut = 0
-    kinds: dict[str, Any] = {"input_ids": np.int32, "token_type_ids": np.uint8}
-    with tempfile.TemporaryDirectory() as folder:
-        files = {name: (Path(folder) / name).open("wb") for name in kinds}
-        for begin in range(0, len(rows), BLOCK):
-            texts = dataset[rows[begin : begin + BLOCK]]
-            batch = tokenizer(*(list(texts[c]) for c in columns), truncation=True, max_length=longest, padding=False)
-            lengths += [len(ids) for ids in batch["input_ids"]]
-            cut += sum(bool(e.overflowing) for e in batch.encodings or [])
-            for name, file in files.items():
-                if name in batch:
-                    file.write(np.concatenate([np.asarray(ids, kinds[name]) for ids in batch[name]]).tobytes())
-        for file in files.values():
-            file.close()
-        if max(lengths) > longest:
-            raise Refused(f"the tokenizer gives {max(lengths)} tokens where {longest} are the limit: raise max_length")
-        if 0 in lengths:
-            raise Refused(f"row {rows[lengths.index(0)]} (counted from 0) gives no token at all; drop it, or fill in its text")
-        ids = np.memmap(Path(folder) / "input_ids", np.int32, "r")
-        typed = (Path(folder) / "token_type_ids").stat().st_size > 0
-        types = np.memmap(Path(folder) / "token_type_ids", np.uint8, "r") if typed else None
-    offset = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Tokens(ids, types, offset, rows, cut, int(tokenizer.pad_token_id or 0))
-
-
-def collate(tokens: Tokens, examples: np.ndarray) -> dict[str, torch.Tensor]:
-    """Pad a batch on the right: input_ids, attention_mask, and token_type_ids where there are any, each (B, T) int64."""
-    begin, lengths = tokens.offset[examples], tokens.lengths[examples]
-    column = np.arange(int(lengths.max()))
-    mask = column < lengths[:, None]  # (B, T)
-    place = np.where(mask, begin[:, None] + column, 0)
-    batch = {"input_ids": np.where(mask, tokens.ids[place], tokens.pad), "attention_mask": mask}
-    if tokens.types is not None:
-        batch["token_type_ids"] = np.where(mask, tokens.types[place], 0)
-    return {name: torch.from_numpy(value.astype(np.int64)) for name, value in batch.items()}

