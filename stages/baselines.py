@@ -27,7 +27,8 @@ def features(loader: Loader, pool: str, depths: Depths) -> tuple[np.ndarray, np.
     found, labels = [], []
     plain = Pool("mean" if pool == "attention" else pool, 0)
     for batch in loader.in_order():
-        found.append(plain(batch.rows[:, depths.final], batch).cpu())
+        states = batch.rows if batch.decoder is None else batch.decoder
+        found.append(plain(states[:, depths.final], batch).cpu())
         labels.append(batch.labels.cpu())
     return torch.cat(found).numpy(), torch.cat(labels).numpy()
 

@@ -50,11 +50,25 @@ class Depths(NamedTuple):
     final: int
     """h_final, which is h_L where no norm follows"""
 
+    @property
+    def every(self) -> list[int]:
+        """h_0 … h_L, as far as they are there."""
+        return ([] if self.embedding is None else [self.embedding]) + self.blocks
+
     @classmethod
-    def of(cls, states: list[str]) -> "Depths":
-        """From the names of a cache's states. Raises Refused where no block was kept."""
-        blocks = [index for index, name in enumerate(states) if name.startswith("block.")]
-        if not blocks:
+    def of(cls, states: list[str], layers: str = "all") -> "Depths":
+        """From the names of a cache's states.
+
+        layers: the blocks that are used, of those that were kept. Raises Refused for one that was not, or for none.
+        """
+        there = {int(name.removeprefix("block.")): index for index, name in enumerate(states) if name.startswith("block.")}
+        if not there:
             raise Refused(f"READ runs over block outputs, and of {', '.join(states)} none is one; extract with more LAYERS")
-        embedding = states.index("embedding") if "embedding" in states else None
-        return cls(embedding, blocks, states.index("final") if "final" in states else blocks[-1])
+        # h_L, whatever blocks are used: without a `final` state the last block's output is it
+        final = states.index("final") if "final" in states else there[max(there)]
+        wanted = sorted(there) if (chosen := parse(layers)) is None else chosen
+        for number in wanted:
+            if number not in there:
+                known = ", ".join(map(str, sorted(there)))
+                raise Refused(f"layer {number} is out of range for read.layers={layers}: the cache has blocks {known}")
+        return cls(states.index("embedding") if "embedding" in states else None, [there[n] for n in wanted], final)

@@ -7,11 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.depths import Depths
-from stages.read import READ
-from store.errors import Refused
-
-POOLS = {"all": ("attention", "mean", "first", "last"), "first": ("first",), "last": ("last",), "mean": ("mean",)}
-"""token rule of the cache -> the poolings that make sense of its rows; the first is the default"""
 
 
 class Batch(NamedTuple):
@@ -27,14 +22,10 @@ class Batch(NamedTuple):
     """(B,) int64 classes, or float32; -1 or NaN where there is none"""
     place: Tensor
     """(B,) int64, on the CPU: the examples' places in the cache"""
-
-
-def check_pool(pool: str | None, tokens: str) -> str:
-    """The pooling for a token rule, or its default. Raises Refused with those that the rule allows."""
-    allowed = POOLS[tokens]
-    if pool is not None and pool not in allowed:
-        raise Refused(f"pool {pool!r} does not go with tokens={tokens}; it allows {', '.join(allowed)}")
-    return pool or allowed[0]
+    decoder: Tensor | None = None
+    """(B, S, D) float32: of an encoder-decoder whose encoder is read too, the decoder's one row an example"""
+    attention: Tensor | None = None
+    """(r, L) float32: what that row takes of each encoder row at each of its blocks"""
 
 
 class Pool(nn.Module):
@@ -65,33 +56,50 @@ class Pool(nn.Module):
         return rows.new_zeros(count, rows.shape[1]).index_add(0, batch.example, rows * weights[:, None])
 
 
+def classifier(width: int, outputs: int, dropout: float) -> nn.Module:
+    """Dropout, linear D -> D, tanh, dropout, linear D -> K; with K = 1 a regressor."""
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, outputs))
+
+
+class Verbalizer(nn.Module):
+    """The logits of the label words: h' · E[words], their rows of the frozen output embedding. Nothing is trained in it."""
+
+    words: Tensor
+
+    def __init__(self, words: Tensor) -> None:
+        """words: (K, D)."""
+        super().__init__()
+        self.register_buffer("words", words)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states: (B, D) -> (B, K)."""
+        return states @ self.words.T
+
+
 class Head(nn.Module):
-    """READ, pool, then dropout, linear D -> D, tanh, dropout, linear D -> K: a classifier, or with K = 1 a regressor."""
+    """READ (or a control in its place), pool, output layer."""
 
     offset: Tensor
     scale: Tensor
 
-    def __init__(self, read: READ, pool: str, width: int, outputs: int, dropout: float, depths: Depths) -> None:
+    def __init__(self, read: nn.Module, pool: str, width: int, output: nn.Module, outputs: int, depths: Depths) -> None:
         """outputs: K; 1 makes a regressor, which predicts in the labels' unit by the offset and scale it was given."""
         super().__init__()
         self.read = read
         self.pool = Pool(pool, width)
-        self.output = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(width, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, outputs)
-        )
+        self.output = output
         self.depths = depths
+        self.regression = outputs == 1
         self.register_buffer("offset", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
-    @property
-    def regression(self) -> bool:
-        """Whether this is a regressor."""
-        return cast(nn.Linear, self.output[-1]).out_features == 1
-
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, K), or predictions (B, 1) in the labels' unit."""
-        pooled = self.pool(self.read(batch.rows, self.depths), batch)  # (B, D)
-        return cast(Tensor, self.output(pooled) * self.scale + self.offset)
+        if batch.decoder is None:
+            corrected = self.pool(self.read(batch.rows, self.depths), batch)  # (B, D)
+        else:
+            corrected = self.read(batch.rows, batch.attention, batch.example, batch.decoder, self.depths)  # (B, D)
+        return cast(Tensor, self.output(corrected) * self.scale + self.offset)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy, or mean squared error in units of the labels' variance."""

@@ -1,5 +1,6 @@
 """GLUE's metrics, under its names. Sole home of scikit-learn's and scipy's scores."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -36,3 +37,13 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 def scores(names: tuple[str, ...], predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Each named metric of predictions (n,) against labels (n,): class numbers, or numbers."""
     return {name: SCORES[name](predicted, labels) for name in names}
+
+
+def paired(one: np.ndarray, two: np.ndarray) -> tuple[float, float, float]:
+    """Of paired scores (n,): mean difference, its standard error, p of a two-sided t-test. No difference at all: p = 1."""
+    apart = one - two
+    if not apart.any():
+        return 0.0, 0.0, 1.0
+    error = float(apart.std(ddof=1)) / math.sqrt(len(apart))
+    p = float(2 * stats.t.sf(abs(apart.mean()) / error, len(apart) - 1)) if error else 0.0
+    return float(apart.mean()), error, p
