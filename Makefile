@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-INPUTS := TASK BACKBONE STORE DATA TOKENS LAYERS CODEC MAX_LENGTH LIMIT ORDER_SEED SEED DEVICE
+INPUTS := TASK BACKBONE STORE DATA TOKENS LAYERS CODEC MAX_LENGTH PROMPT WORDS LIMIT ORDER_SEED SEED DEVICE
+TRAIN  := DASK CELL HIDDEN POOL HEAD EPOCHS LR BATCH CACHE
 OFRUN  := STORE DEVICE RUN TASK SPLIT
 ALWAYS := CONFIG SET
 
@@ -14,7 +15,7 @@ quote   = '$(subst ','\'',$(value $(1)))'
 options = $(foreach v,$(1) $(ALWAYS),$(if $(value $(v)),--$(shell echo $(v) | tr A-Z_ a-z-) $(call quote,$(v)))) $(if $(filter-out 0,$(JSON)),--json)
 
 .DEFAULT_GOAL := help
-.PHONY: help install plan extract train evaluate predict catalog bench test lint
+.PHONY: help install plan extract train ablate evaluate predict catalog bench test lint
 
 help: ## every target, with its variables
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
@@ -33,14 +34,17 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]' >&2
 	@touch $@
 
-plan: install ## what stage one would do, and how large it would be: TASK BACKBONE STORE DATA TOKENS LAYERS CODEC MAX_LENGTH LIMIT SEED DEVICE SPLITS
+plan: install ## what stage one would do, and how large it would be: TASK BACKBONE STORE DATA TOKENS LAYERS CODEC MAX_LENGTH PROMPT WORDS LIMIT SEED DEVICE SPLITS
 	@$(BIN)/readcache plan $(call options,$(INPUTS) SPLITS)
 
 extract: install ## stage one, every split of the task: the same variables, DASK
 	@$(BIN)/readcache extract $(call options,$(INPUTS) SPLITS DASK)
 
-train: install ## stage two, extracting first what is missing: the same, CELL HIDDEN POOL EPOCHS LR BATCH CACHE NO_EXTRACT=1
-	@$(BIN)/readcache train $(call options,$(INPUTS) DASK CELL HIDDEN POOL EPOCHS LR BATCH CACHE) $(if $(filter-out 0,$(NO_EXTRACT)),--no-extract)
+train: install ## stage two, extracting first what is missing: the same, CELL HIDDEN POOL HEAD EPOCHS LR BATCH CACHE NO_EXTRACT=1
+	@$(BIN)/readcache train $(call options,$(INPUTS) $(TRAIN)) $(if $(filter-out 0,$(NO_EXTRACT)),--no-extract)
+
+ablate: install ## READ beside its controls, from the same cache: the same variables, SEEDS=5
+	@$(BIN)/readcache ablate $(call options,$(INPUTS) $(TRAIN) SEEDS) $(if $(filter-out 0,$(NO_EXTRACT)),--no-extract)
 
 evaluate: install ## scores of a saved run on a split: RUN TASK SPLIT STORE DEVICE BATCH
 	@$(BIN)/readcache evaluate $(call options,$(OFRUN) BATCH)
@@ -51,8 +55,8 @@ predict: install ## labels for new text: RUN TEXT TEXT_PAIR, or FILE=in.jsonl, o
 catalog: install ## caches and runs under STORE
 	@$(BIN)/readcache catalog $(call options,STORE)
 
-bench: install ## the tables of the README: WHAT=glue DATA STORE TOKENS EPOCHS …
-	@$(BIN)/readcache bench $(WHAT) $(call options,$(filter-out TASK,$(INPUTS)) CELL HIDDEN POOL EPOCHS LR BATCH)
+bench: install ## the tables of the README: WHAT=glue or recipes, DATA STORE TOKENS EPOCHS …
+	@$(BIN)/readcache bench $(WHAT) $(call options,$(INPUTS) $(TRAIN) ONLY)
 
 test: $(VENV)/.stamp-dev ## all tests, offline, on the CPU: ARGS="-k store"
 	@$(BIN)/python -m pytest $(ARGS)

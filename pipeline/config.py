@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from stages.tasks import TASKS, explain
 from store.errors import Refused
@@ -16,6 +16,7 @@ from store.errors import Refused
 Count = Annotated[int, Field(ge=1)]
 Place = Annotated[Path, AfterValidator(Path.expanduser)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Layers = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
 class _Frozen(BaseModel):
@@ -43,14 +44,21 @@ class Inputs(_OnDevice):
     """minilm (embedded), the folder of a checkpoint, or a hub id"""
     data: Place | None = None
     """folder with <task>/<split>.parquet, .csv or .jsonl; where left out: the hub, or the task's own files"""
-    tokens: str = "mean"
-    """which tokens of an example are kept: all, first, last, or their mean"""
-    layers: str = "all"
+    tokens: str | None = None
+    """which tokens of an example are kept: all, first, last, or their mean; where left out, by the kind of backbone: the mean
+    of an encoder's, a decoder's last, all of an encoder-decoder's, an image's first (class) token"""
+    layers: Layers = "all"
     """which depths are kept: all, or numbers and ranges such as 0,2,4-6 (0 is the embedding)"""
     codec: str = "bf16"
     """how states are stored: fp32 or bf16"""
     max_length: Annotated[int, Field(ge=2)] = 128
-    """longest input, in tokens; longer ones are cut"""
+    """longest text, in tokens; longer ones are cut"""
+    prompt: str | None = None
+    """the text that the backbone reads, {column} for each of the task's columns; where left out: the columns themselves, and the
+    task's own prompt for decoders and encoder-decoders"""
+    words: str | None = None
+    """label words of one token each, comma-separated in the order of the classes, for HEAD=verbalizer; where left out: the
+    task's own"""
     limit: Count | None = None
     """examples a split, a seeded sample; where left out: all"""
     order_seed: Annotated[int, Field(ge=0)] = 0
@@ -88,6 +96,13 @@ class ReadOptions(_Frozen):
     """of READ's states over depth"""
     initial: Literal["zero", "embedding"] = "zero"
     """READ's first state"""
+    layers: Layers = "all"
+    """the blocks that READ runs over, of those in the cache: all, or numbers and ranges such as 2,4-6"""
+    bidirectional: bool = False
+    """whether a second cell runs from the last block to the first"""
+    joiner: Literal["attention", "none"] | None = None
+    """of an encoder-decoder: whether the encoder's READ speaks to the decoder's through the frozen cross-attention; where left
+    out: attention if the cache has all tokens"""
     scale_in: float = 1.0
     """s_in: scale of the normed inputs"""
     scale_out: float = 1.0
@@ -115,11 +130,13 @@ class Train(_Spread):
     """Stage two: train a READ from the cache; extracts first only what is missing."""
 
     cell: str = "gru"
-    """READ's cell: rnn, gru or lstm"""
+    """READ's cell: rnn, gru, lstm or mingru"""
     hidden: Count = 256
     """READ's width H"""
     pool: str | None = None
     """rows to one vector: attention, mean, first or last, as the token rule allows; where left out: its default"""
+    head: Literal["classifier", "verbalizer"] = "classifier"
+    """what answers: a classifier (of numbers: a regressor), or the label words' rows of the frozen output embedding"""
     epochs: Count = 10
     """at most; training stops early without progress"""
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -134,6 +151,13 @@ class Train(_Spread):
     """less common choices of READ"""
     schedule: ScheduleOptions = ScheduleOptions()
     """less common choices of training"""
+
+
+class Ablate(Train):
+    """READ beside its controls: the same head on other readings of the same cache, over several seeds."""
+
+    seeds: Annotated[int, Field(ge=2)] = 5
+    """how many, from SEED on"""
 
 
 class _OfRun(_OnDevice):
@@ -166,17 +190,19 @@ class Predict(_OfRun):
 
 
 class Bench(Train):
-    """Measure what the README shows: `glue` trains every GLUE task on one backbone."""
+    """Measure what the README shows: `glue` trains every GLUE task on one backbone, `recipes` compares variants of defaults."""
 
     what: str = "glue"
     """which table"""
+    only: str | None = None
+    """of `recipes`: these variants, comma-separated"""
     task: str = ",".join(name for name, task in TASKS.items() if task.hub)
     """comma-separated tasks"""
 
 
 COMMANDS: dict[str, type[_Frozen]] = {
-    "plan": Plan, "extract": Extract, "train": Train, "evaluate": Evaluate, "predict": Predict, "catalog": Catalog,
-    "bench": Bench,
+    "plan": Plan, "extract": Extract, "train": Train, "ablate": Ablate, "evaluate": Evaluate, "predict": Predict,
+    "catalog": Catalog, "bench": Bench,
 }  # fmt: skip
 
 C = TypeVar("C", bound=_Frozen)

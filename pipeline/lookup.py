@@ -48,12 +48,12 @@ def look(config: Train, task: Task) -> Looked:
     for split in needed:
         digest = digests.get(split)
         names = ({} if checkpoint else {"backbone": Path(config.backbone).name}) | ({} if digest else {"task": task.name})
-        whole = recipe.known(config, task, split, digest, checkpoint)
-        wanted = recipe.identity(task, split, digest, checkpoint) if picked else whole
         for found in every:
             about, theirs = found.manifest.about, found.manifest.recipe
-            if picked and not _goes_with(found, picked):
+            kind = theirs["backbone"]["kind"]
+            if (picked and not _goes_with(found, picked)) or not recipe.possible(config, task, kind):
                 continue
+            wanted = (recipe.identity if picked else recipe.known)(config, task, kind, split, digest, checkpoint)
             if catalog.agrees(theirs, wanted) and catalog.agrees(about, names):
                 family = families.setdefault(canonical(recipe.family(theirs)), {})
                 family.setdefault(split, []).append(found)

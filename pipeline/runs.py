@@ -18,15 +18,12 @@ from typing import Any, NamedTuple
 import safetensors.torch
 from safetensors import SafetensorError
 
-from stages.depths import Depths
 from stages.heads import Head
-from stages.read import READ
+from stages.shape import Shape, build
 from stages.tasks import Task
 from store import files
 from store.errors import Damaged, Refused
 from store.layout import PLAIN_NAME
-
-Shape = dict[str, Any]
 
 
 class Run(NamedTuple):
@@ -43,24 +40,10 @@ class Run(NamedTuple):
         return Task(**{name: _tuples(value) for name, value in said.items()})
 
 
-def build(shape: Shape) -> Head:
-    """A fresh head of that shape: READ's arguments, pool, outputs, dropout, states."""
-    read = READ(
-        shape["width"],
-        shape["hidden"],
-        shape["cell"],
-        shape["aggregate"],
-        shape["initial"],
-        shape["scale_in"],
-        shape["scale_out"],
-    )
-    return Head(read, shape["pool"], shape["width"], shape["outputs"], shape["dropout"], Depths.of(shape["states"]))
-
-
 def save(root: Path, task: Task, name: str, shape: Shape, head: Head, told: dict[str, Any], curve: list[Any]) -> Path:
     """Write a run's folder beside and rename it into place; returns its path. The name gets a suffix if it is taken."""
     folder = root / "runs" / task.name / f".{secrets.token_hex(4)}"
-    files.write(folder / "read_config.json", _text(shape))
+    files.write(folder / "read_config.json", _text(asdict(shape)))
     files.write(folder / "read_model.safetensors", safetensors.torch.save(head.state_dict()))
     files.write(folder / "curve.jsonl", "".join(json.dumps(line) + "\n" for line in curve).encode())
     for attempt in range(1000):
@@ -79,7 +62,7 @@ def save(root: Path, task: Task, name: str, shape: Shape, head: Head, told: dict
 
 def new_name(shape: Shape, tokens: str, seed: int) -> str:
     """A name that says when and what: 20260131-093000-gru256-mean-s0."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{shape['cell']}{shape['hidden']}-{tokens}-s{seed}"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{shape.cell}{shape.hidden}-{tokens}-s{seed}"
 
 
 def listing(root: Path) -> Iterator[Run | Damaged]:
@@ -123,12 +106,20 @@ def open_run(path: Path) -> Run:
 def load_head(run: Run) -> Head:
     """The trained head of a run. Raises Damaged where shape and weights do not fit to the last name."""
     try:
-        head = build(json.loads((run.path / "read_config.json").read_bytes()))
+        head = build(load_shape(run))
         head.load_state_dict(safetensors.torch.load_file(run.path / "read_model.safetensors"), strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Damaged(f"run {run.path} does not load ({reason}); train again") from None
     return head.eval()
+
+
+def load_shape(run: Run) -> Shape:
+    """The shape of a run's head. Raises Damaged where it does not read."""
+    try:
+        return Shape(**json.loads((run.path / "read_config.json").read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise Damaged(f"run {run.path}: read_config.json does not read ({error}); train again") from None
 
 
 def _tuples(value: Any) -> Any:

@@ -24,7 +24,7 @@ def run(config: Evaluate, show: Show) -> dict[str, Any]:
     device = pick(config.device)
     found = runs.find(config.store, config.run, config.task)
     task = found.task
-    head = runs.load_head(found).to(device)
+    head, streams = runs.load_head(found).to(device), list(runs.load_shape(found).states)
     metrics, examples = {}, {}
     for split in [config.split] if config.split else task.evaluation:
         cache = cache_of(config.store, found, split)
@@ -33,7 +33,7 @@ def run(config: Evaluate, show: Show) -> dict[str, Any]:
         scored = tasks.labelled(labels)
         if not len(scored):
             raise Refused(f"{where} has no labels to score; `predict --run {found.path.name} --split {split}` gives the answers")
-        metrics[split] = score(task, say(head, Loader(cache, scored, labels, config.batch, device)))
+        metrics[split] = score(task, say(head, Loader(cache, scored, labels, config.batch, device, streams)))
         examples[split] = len(scored)
     show.table(
         ["split", "examples", "metric", "score"],
@@ -49,7 +49,8 @@ def cache_of(root: Path, run: Run, split: str) -> Cache:
     """
     made, config = run.told["recipe"], run.told["config"]
     words = {"task": config["task"], "backbone": run.told["backbone"], "data": config["data"], "splits": split}
-    words |= {name: made[name] for name in ("tokens", "layers", "codec", "max_length", "limit", "order_seed")}
+    words |= {name: made.get(name) for name in ("tokens", "layers", "codec", "max_length", "limit", "order_seed")}
+    words |= {name: config.get(name) for name in ("prompt", "words")}
     options = " ".join(f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in words.items() if v is not None)
     again = f"extract it again: readcache extract {options}"
     fingerprint = run.told["fingerprints"].get(split)

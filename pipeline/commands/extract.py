@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.build import Build
 from pipeline.cluster import run_parts
-from pipeline.commands.plan import Build, Part, Planned, check_disk, prepare, summary
+from pipeline.commands.plan import Part, Planned, check_disk, prepare, summary
 from pipeline.config import Extract
+from pipeline.recipe import Recipe
 from pipeline.show import Show, duration, size
 from stages import extract
 from stages.backbone import Backbone
@@ -16,9 +18,9 @@ from stages.device import pick
 from store import files, layout, manifest, writer
 
 
-def run(config: Extract, show: Show) -> dict[str, Any]:
-    """The command `extract`."""
-    planned = prepare(config)
+def run(config: Extract, show: Show, checked: Callable[[Recipe], None] | None = None) -> dict[str, Any]:
+    """The command `extract`. checked: a caller's own check of the recipe, before any work."""
+    planned = prepare(config, checked=checked)
     check_disk(config.store, planned.parts)
     document: dict[str, Any] = {"task": planned.task.name, "splits": {}}
     opened = None
@@ -44,12 +46,12 @@ def _build(config: Extract, planned: Planned, split: str, part: Part, opened: Ba
         receipts = {number: writer.finished(folder, number) for number in range(place.chunks)}
         missing = [number for number, receipt in receipts.items() if receipt is None]
         sizes = place.first[1:] - place.first[:-1]
-        with show.progress(f"{planned.task.name} {split}", len(build.tokens.source), "examples") as meter:
+        with show.progress(f"{planned.task.name} {split}", len(build.examples.source), "examples") as meter:
             if len(missing) < place.chunks:
                 show.line(f"{split}: resuming, {place.chunks - len(missing)} of {place.chunks} chunks are there")
                 meter.skip(sum(int(sizes[number]) for number in receipts if number not in missing))
             if opened:
-                task = functools.partial(_chunk_here, planned, build, folder, opened, meter.add)
+                task = functools.partial(_chunk_here, build, folder, opened, meter.add)
             else:
                 task = functools.partial(_chunk_elsewhere, config, split, folder.resolve())
             for number in run_parts(task, missing, config.dask):
@@ -62,13 +64,11 @@ def _build(config: Extract, planned: Planned, split: str, part: Part, opened: Ba
         return writer.publish(config.store, folder, build.planned._replace(objects=objects))
 
 
-def _chunk_here(
-    planned: Planned, build: Build, folder: Path, backbone: Backbone, told: Callable[[int], None], number: int
-) -> int:
+def _chunk_here(build: Build, folder: Path, backbone: Backbone, told: Callable[[int], None], number: int) -> int:
     """Build and write one chunk; returns its number."""
     examples = range(int(build.placement.first[number]), int(build.placement.first[number + 1]))
     recipe = build.planned.recipe
-    data = extract.chunk(backbone, build.tokens, examples, planned.states, recipe["tokens"], recipe["codec"], told)
+    data = extract.chunk(backbone, build.examples, examples, build.states, recipe["tokens"], recipe["codec"], told)
     writer.write_chunk(folder, number, data, build.arrays)
     return number
 
@@ -78,7 +78,7 @@ def _chunk_elsewhere(config: Extract, split: str, folder: Path, number: int) -> 
     planned, backbone = _opened(config.model_copy(update={"splits": split}))
     build = planned.parts[split].build
     assert build is not None
-    return _chunk_here(planned, build, folder, backbone, lambda _: None, number)
+    return _chunk_here(build, folder, backbone, lambda _: None, number)
 
 
 @functools.lru_cache(maxsize=1)

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,33 +10,25 @@ import numpy as np
 
 import store
 from pipeline import recipe
+from pipeline.build import Build, answers, lay_out, open_reading
 from pipeline.config import Plan
 from pipeline.lookup import label_column
 from pipeline.show import Show, duration, size
-from stages import depths, extract, inputs, selection, sources, tasks
-from stages.backbone import Anatomy, Backbone, describe
+from stages import depths, extract, images, inputs, sources, tasks
+from stages.anatomy import Anatomy, describe, read_config
+from stages.backbone import Backbone
 from stages.device import pick
+from stages.images import Processor
+from stages.kinds import KINDS, article, tokens_of
 from stages.tasks import Task
-from store import catalog, layout, manifest, writer
+from store import catalog, writer
 from store.codecs import codec
 from store.errors import Refused
 from store.fingerprint import fingerprint
-from store.layout import Array, Placement
 from store.manifest import Manifest
 
 SAMPLE_TOKENS = 4096
 """of each split that are run to estimate the time"""
-
-
-class Build(NamedTuple):
-    """A split that is to be extracted."""
-
-    tokens: inputs.Tokens
-    placement: Placement
-    arrays: dict[str, Array]
-    tables: dict[str, np.ndarray]
-    """what is stored of the examples, by array path"""
-    planned: Manifest
 
 
 class Part(NamedTuple):
@@ -55,7 +47,6 @@ class Planned(NamedTuple):
     task: Task
     anatomy: Anatomy
     checkpoint: sources.Checkpoint
-    states: list[str]
     parts: dict[str, Part]
 
 
@@ -64,7 +55,7 @@ def run(config: Plan, show: Show) -> dict[str, Any]:
     planned = prepare(config)
     builds = {split: part.build for split, part in planned.parts.items() if part.build}
     backbone = Backbone(planned.checkpoint.path, planned.anatomy, pick(config.device)) if builds else None
-    seconds = {split: estimate(config, backbone, build, planned.states) for split, build in builds.items() if backbone}
+    seconds = {split: estimate(backbone, build) for split, build in builds.items() if backbone}
     document = {"task": planned.task.name, "splits": {s: summary(part, seconds.get(s, 0.0)) for s, part in planned.parts.items()}}
     free = free_bytes(config.store)
     needed = sum(part.found.bytes for part in planned.parts.values() if not part.hit)
@@ -76,7 +67,8 @@ def run(config: Plan, show: Show) -> dict[str, Any]:
             for s, p in planned.parts.items()
         ],
     )  # fmt: skip
-    show.line(f"to write: {size(needed)}; free under {config.store}: {size(free)}; states {', '.join(planned.states)}")
+    kept = "; ".join(", ".join(names) for names in recipe.states(next(iter(planned.parts.values())).found.recipe).values())
+    show.line(f"to write: {size(needed)}; free under {config.store}: {size(free)}; states {kept}")
     return document | {"bytes_to_write": needed, "free_bytes": free}
 
 
@@ -89,13 +81,12 @@ def summary(part: Part, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def prepare(config: Plan, again: bool = False) -> Planned:
+def prepare(config: Plan, again: bool = False, checked: Callable[[recipe.Recipe], None] | None = None) -> Planned:
     """Check everything that can be wrong, cheapest first, and lay out every split. Raises Refused; writes nothing.
 
-    again: lay out even what is published already.
+    again: lay out even what is published already. checked: a caller's own check of the recipe, before data are read.
     """
     task = tasks.find(config.task)
-    selection.check(config.tokens)
     codec(config.codec)
     depths.parse(config.layers)
     pick(config.device)
@@ -103,26 +94,16 @@ def prepare(config: Plan, again: bool = False) -> Planned:
     source = sources.data(task, config.data)
     checkpoint = sources.checkpoint(config.backbone, local=False)
     assert checkpoint is not None
-    anatomy = describe(checkpoint.path, config.backbone)
-    states = depths.names(config.layers, anatomy.depth, anatomy.final)
-    tokenizer = inputs.tokenizer(checkpoint)
-    longest = min(anatomy.longest, tokenizer.model_max_length)
-    least = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2) + len(task.text)
-    if config.max_length < least:
-        raise Refused(f"max_length {config.max_length} leaves no room for text: task {task.name} needs at least {least}")
-    if config.max_length > longest:
-        raise Refused(f"max_length {config.max_length} is above the {longest} tokens that backbone {config.backbone} takes")
+    anatomy, processor = _anatomy(config, task, checkpoint)
+    reading = open_reading(config, task, checkpoint, anatomy, processor)
     known = {
         split: recipe.complete(
-            recipe.known(config, task, split, source.digest(split), checkpoint),
-            kind=anatomy.kind,
-            states=states,
-            everything=states == depths.names("all", anatomy.depth, anatomy.final),
-            attention=anatomy.attention,
-            dtype="float32",
+            recipe.known(config, task, anatomy.kind, split, source.digest(split), checkpoint), anatomy, dtype="float32"
         )
         for split in wanted(config, task, source)
     }
+    if checked:
+        checked(next(iter(known.values())))
     hits = {split: None if again else _hit(config.store, known[split]) for split in known}
     splits = {split: inputs.load(task, source, split) for split in known if hits[split] is None}
     for split, loaded in splits.items():
@@ -130,15 +111,34 @@ def prepare(config: Plan, again: bool = False) -> Planned:
             known[split]["data"]["digest"] = loaded.digest
             hits[split] = None if again else _hit(config.store, known[split])
     _check_labels(task, source, splits, {split: hit for split, hit in hits.items() if hit})
+    if any(hit is None for hit in hits.values()) and "words" in next(iter(known.values())):
+        reading = reading._replace(answers=answers(config, task, checkpoint, anatomy, reading.tokenizer))
     parts = {}
     for split, found in known.items():
         hit = hits[split]
         if hit:
             parts[split] = Part(hit.fingerprint, hit.path, hit.manifest, None)
         else:
-            build = _lay_out(config, task, anatomy, tokenizer, splits[split], found)
+            build = lay_out(config, task, anatomy, reading, splits[split], found)
             parts[split] = Part(build.planned.fingerprint, None, build.planned, build)
-    return Planned(task, anatomy, checkpoint, states, parts)
+    return Planned(task, anatomy, checkpoint, parts)
+
+
+def _anatomy(config: Plan, task: Task, checkpoint: sources.Checkpoint) -> tuple[Anatomy, Processor | None]:
+    """What the backbone gives, once it is clear that it reads what the task has, and keeps what the user asks for."""
+    _, kind = read_config(checkpoint.path, config.backbone)
+    reads, has = KINDS[kind].reads, "image" if task.image else "text"
+    if reads != has:
+        raise Refused(
+            f"task {task.name} has {has}s, and backbone {config.backbone} is {article(kind)} backbone, which reads {reads}s; "
+            f"choose another"
+        )
+    rule = tokens_of(kind, config.tokens)
+    processor, pixels = images.processor(checkpoint) if reads == "image" else (None, None)
+    anatomy = describe(checkpoint.path, config.backbone, pixels)
+    if reads == "image" and rule == "first" and anatomy.prefix == 0:
+        raise Refused(f"backbone {config.backbone} has no class token, which tokens=first would keep; give TOKENS=mean or all")
+    return anatomy, processor
 
 
 def _check_labels(task: Task, source: sources.Source, splits: dict[str, inputs.Split], hits: dict[str, store.Cache]) -> None:
@@ -174,43 +174,6 @@ def _hit(root: Path, found: recipe.Recipe) -> store.Cache | None:
     return store.open(path) if path else None
 
 
-def _lay_out(config: Plan, task: Task, anatomy: Anatomy, tokenizer: Any, split: inputs.Split, found: recipe.Recipe) -> Build:
-    rows = inputs.order(len(split.dataset), config.limit, config.order_seed)
-    tokens = inputs.tokenize(tokenizer, split.dataset, task.text, rows, config.max_length)
-    kept = selection.kept(tokens.lengths, config.tokens)
-    states = found["states"]
-    row_bytes = sum(np.dtype(d).itemsize for d in codec(config.codec).dtypes.values()) * len(states) * anatomy.width
-    placement = layout.place(kept, row_bytes, recipe.CHUNK_BYTES)
-    tables: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
-        "start": (placement.start, {}),
-        "length": (kept.astype(np.int64), {}),
-        "row": (rows.astype(np.int64), {"meaning": "the example's row in the data set's split, from 0"}),
-        "offset": (tokens.offset, {"meaning": "where an example's tokens begin in input_ids"}),
-        "input_ids": (tokens.ids, {}),
-        "key": (tokens.keys(), {"meaning": "blake2b-128 of the example's input_ids and token_type_ids"}),
-    }
-    if tokens.types is not None:
-        tables["token_type_ids"] = (tokens.types, {})
-    for name, (values, distinct) in split.columns.items():
-        few = {} if distinct is None else {"values": distinct}
-        tables[layout.column_path(name)] = (values[rows], {"column": name} | few)
-    arrays = layout.state_arrays("encoder", config.codec, placement, states, anatomy.width)
-    for name, (values, attributes) in tables.items():
-        arrays[f"examples/{name}"] = layout.flat_array(values, **attributes)
-    about = {
-        "task": task.name, "split": split.name, "backbone": Path(config.backbone).name, "max_length": config.max_length,
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "zarr", "numpy")},
-    }  # fmt: skip
-    counts = {
-        "examples": len(rows), "rows": int(kept.sum()), "tokens": int(tokens.lengths.sum()), "cut": tokens.cut,
-        "states": len(states), "width": anatomy.width,
-    }  # fmt: skip
-    sizes = {path: array.chunk_bytes() for path, array in layout.chunk_paths(arrays)}
-    sizes |= {path: len(text) for path, text in layout.metadata(arrays, manifest.attributes(found)).items()}
-    planned = manifest.planned(found, about, counts, sizes)
-    return Build(tokens, placement, arrays, {f"examples/{n}": v for n, (v, _) in tables.items()}, planned)
-
-
 def free_bytes(root: Path) -> int:
     """Free space under a root, in bytes."""
     return shutil.disk_usage(root).free
@@ -227,13 +190,13 @@ def check_disk(root: Path, parts: dict[str, Part]) -> None:
         )
 
 
-def estimate(config: Plan, backbone: Backbone, build: Build, states: list[str]) -> float:
+def estimate(backbone: Backbone, build: Build) -> float:
     """Seconds that extracting a split will take: a sample of it is run and scaled up by tokens."""
-    tokens = build.tokens
-    count = max(1, int(np.searchsorted(tokens.offset, SAMPLE_TOKENS, "right")) - 1)
+    made, ends = build.planned.recipe, np.cumsum(build.examples.lengths)
+    count = max(1, int(np.searchsorted(ends, SAMPLE_TOKENS, "right")))
     spent = 0.0
     for _ in range(2):  # the first run warms up
         begun = time.perf_counter()
-        extract.chunk(backbone, tokens, range(count), states, config.tokens, config.codec)
+        extract.chunk(backbone, build.examples, range(count), build.states, made["tokens"], made["codec"])
         spent = time.perf_counter() - begun
-    return spent * int(tokens.offset[-1]) / int(tokens.offset[count])
+    return spent * int(ends[-1]) / int(ends[count - 1])

@@ -1,4 +1,4 @@
-"""Labels for new text with a saved run: tokenise -> backbone -> select -> codec -> READ -> head; or for a cached split."""
+"""Labels for new text or images with a saved run, its head attached to the live backbone; or for a cached split."""
 
 import importlib
 import json
@@ -13,18 +13,16 @@ from pipeline.commands.evaluate import cache_of
 from pipeline.config import Predict
 from pipeline.runs import Run
 from pipeline.show import Show
-from stages import sources
+from stages import batching, sources
 from stages.device import pick
 from stages.evaluate import outputs, say
-from stages.heads import Batch, Head
+from stages.heads import Head
 from stages.loader import Loader
-from stages.packing import unpack
-from stages.selection import kept
 from stages.tasks import Task
 from store.errors import Refused
 
 EXAMPLES = 512
-"""put through the backbone at a time"""
+"""of a cached split at a time"""
 
 
 def run(config: Predict, show: Show) -> dict[str, Any]:
@@ -38,11 +36,12 @@ def run(config: Predict, show: Show) -> dict[str, Any]:
     if config.split:
         said = _split(config, found, head, device)
     else:
-        texts = _texts(config, task)
-        said = _told(task, _new(config, show, found, texts, head, device))
-        said = [{"text": list(pair)} | answer for pair, answer in zip(zip(*texts, strict=True), said, strict=True)]
+        columns = _images(config) if task.image else _texts(config, task)
+        said = _told(task, _new(config, show, found, columns, head, device))
+        what = "image" if task.image else "text"
+        said = [{what: list(pair)} | answer for pair, answer in zip(zip(*columns, strict=True), said, strict=True)]
     for answer in said:
-        what = " | ".join(answer["text"]) if "text" in answer else f"row {answer['row']}"
+        what = f"row {answer['row']}" if "row" in answer else " | ".join(answer.get("text") or answer["image"])
         spread = "  ".join(f"{name} {p:.3f}" for name, p in answer.get("probabilities", {}).items())
         show.line(f"{answer.get('label', answer.get('value'))}\t{spread}\t{what}")
     return {"run": found.path.name, "task": task.name, "predictions": said}
@@ -66,7 +65,8 @@ def _split(config: Predict, found: Run, head: Head, device: torch.device) -> lis
     assert config.split
     cache = cache_of(config.store, found, config.split)
     everything = np.arange(cache.manifest.counts["examples"])
-    said = say(head, Loader(cache, everything, np.full(len(everything), -1), EXAMPLES, device))
+    streams = list(runs.load_shape(found).states)
+    said = say(head, Loader(cache, everything, np.full(len(everything), -1), EXAMPLES, device, streams))
     rows = cache.table("row")[said.place]
     order = np.argsort(rows)
     return [{"row": int(row)} | told for row, told in zip(rows[order], _told(found.task, said.outputs[order]), strict=True)]
@@ -102,16 +102,24 @@ def _texts(config: Predict, task: Task) -> list[list[str]]:
     return columns
 
 
-def _new(config: Predict, show: Show, found: Run, texts: list[list[str]], head: Head, device: torch.device) -> np.ndarray:
-    """Outputs (n, K) for new texts."""
+def _images(config: Predict) -> list[list[str]]:
+    """The path of one image, as the one column."""
+    if config.file is None or not config.file.is_file():
+        raise Refused(f"this run reads images: give FILE=<an image>, not {config.file or 'TEXT'}")
+    return [[str(config.file)]]
+
+
+def _new(config: Predict, show: Show, found: Run, columns: list[list[str]], head: Head, device: torch.device) -> np.ndarray:
+    """Outputs (n, K) for new texts or images."""
     recipe = found.told["recipe"]
     name = config.backbone or found.told["backbone"]
     checkpoint = sources.checkpoint(name, local=False)
     assert checkpoint is not None
+    reads = "processor" if found.task.image else "tokenizer"
     for what, now, then in (
         ("weights", checkpoint.weights, recipe["backbone"]["weights"]),
         ("config", checkpoint.config, recipe["backbone"]["config"]),
-        ("tokenizer", checkpoint.tokenizer, recipe["tokenizer"]["files"]),
+        (reads, getattr(checkpoint, reads), recipe[reads]["files"]),
     ):
         if now != then:
             raise Refused(
@@ -122,27 +130,14 @@ def _new(config: Predict, show: Show, found: Run, texts: list[list[str]], head: 
     if version != recipe["transformers"]:
         show.line(f"the run's states are of transformers {recipe['transformers']}, here is {version}: they may differ a little")
     # here and not above: predicting for a cached split needs no transformers
-    inputs, extract = importlib.import_module("stages.inputs"), importlib.import_module("stages.extract")
-    backbones = importlib.import_module("stages.backbone")
-    backbone = backbones.Backbone(checkpoint.path, backbones.describe(checkpoint.path, name), device)
-    dataset = inputs.of_texts(dict(zip(found.task.text, texts, strict=True)))
-    tokens = inputs.tokenize(
-        inputs.tokenizer(checkpoint), dataset, found.task.text, np.arange(len(dataset)), recipe["max_length"]
-    )
-    results = []
-    for begin in range(0, len(dataset), EXAMPLES):
-        examples = range(begin, min(begin + EXAMPLES, len(dataset)))
-        data = extract.chunk(backbone, tokens, examples, recipe["states"], recipe["tokens"], recipe["codec"])
-        packed = {path.split("/")[1]: torch.from_numpy(block).to(device) for path, block in data.items()}
-        lengths = torch.from_numpy(kept(tokens.lengths[examples.start : examples.stop], recipe["tokens"])).to(device)
-        number = torch.arange(len(examples), device=device)
-        batch = Batch(
-            unpack(packed, recipe["codec"]),
-            number.repeat_interleave(lengths),
-            lengths.cumsum(0) - lengths,
-            number * 0 - 1,
-            number,
-        )
+    anatomies, attach = importlib.import_module("stages.anatomy"), importlib.import_module("stages.attach")
+    backbones, build = importlib.import_module("stages.backbone"), importlib.import_module("pipeline.build")
+    processor, pixels = build.images.processor(checkpoint) if found.task.image else (None, None)
+    backbone = backbones.Backbone(checkpoint.path, anatomies.describe(checkpoint.path, name, pixels), device)
+    examples = build.at_hand(found.task, recipe, checkpoint, processor, columns, backbone.anatomy)
+    attached = attach.attach(backbone, head, runs.load_shape(found).states, recipe["tokens"], recipe["codec"])
+    results = np.empty((len(examples.source), found.task.outputs), np.float32)
+    for batch in batching.by_length(examples.lengths):
         with torch.inference_mode():
-            results.append(outputs(head, head(batch)).cpu().numpy())
-    return np.concatenate(results)
+            results[batch] = outputs(head, attached(examples.collate(batch))).cpu().numpy()
+    return results

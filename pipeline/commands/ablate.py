@@ -1,0 +1,128 @@
+"""READ beside its controls on one task: the same head on other readings of the same states, over several seeds."""
+
+import importlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline import fitting
+from pipeline.config import Ablate
+from pipeline.opening import Opened, check, open_caches, shape_of
+from pipeline.show import Show
+from stages import baselines, sources
+from stages.controls import CONTROLS
+from stages.device import pick
+from stages.metrics import paired
+from stages.shape import Shape, count
+
+SURE = 0.05
+"""p below which a difference is called one"""
+
+
+class Row(NamedTuple):
+    """One reading of the states."""
+
+    name: str
+    parameters: int
+    """trainable, the head's included"""
+    scores: list[float]
+    """one a seed, of the task's first metric on its first evaluation split"""
+
+
+def run(config: Ablate, show: Show) -> dict[str, Any]:
+    """The command `ablate`."""
+    task, device = check(config), pick(config.device)
+    opened = open_caches(config, task, show)
+    seeds = range(config.seed, config.seed + config.seeds)
+    rows = [_probe(config, opened, seeds, device)]
+    # only READ itself can be joined: a control reads the decoder's row alone
+    apart = config.model_copy(update={"read": config.read.model_copy(update={"joiner": "none"})})
+    for control, name in CONTROLS.items():
+        shape = _shape(config if control == "read" else apart, opened, control)
+        rows.append(_row(name, config, opened, shape, seeds, device, show))
+    rows.append(_untrained(config, show, seeds, device))
+    metric, split = opened.task.metrics[0], opened.task.evaluation[0]
+    show.table(
+        ["", "parameters", f"{metric}, {split}", "standard deviation"],
+        [[row.name, row.parameters, float(np.mean(row.scores)), float(np.std(row.scores, ddof=1))] for row in rows],
+    )
+    sentence = verdict(rows, metric)
+    show.line(sentence)
+    return {
+        "task": opened.task.name,
+        "metric": metric,
+        "split": split,
+        "seeds": list(seeds),
+        "sentence": sentence,
+        "rows": [
+            {
+                "name": row.name,
+                "parameters": row.parameters,
+                "scores": row.scores,
+                "mean": float(np.mean(row.scores)),
+                "standard_deviation": float(np.std(row.scores, ddof=1)),
+            }
+            for row in rows
+        ],
+    }
+
+
+def _shape(config: Ablate, opened: Opened, control: str) -> Shape:
+    width = opened.caches[opened.task.train].manifest.counts["width"]
+    return shape_of(config, opened.task, opened.recipe, width, control=control)
+
+
+def _probe(config: Ablate, opened: Opened, seeds: range, device: torch.device) -> Row:
+    """The linear probe; a seed fixes which part chooses its regularisation."""
+    shape = _shape(config, opened, "final")
+    scores = []
+    for seed in seeds:
+        loaded = fitting.loaders(config, opened, seed, list(shape.states), device)
+        found = baselines.beside(opened.task, loaded.fit, loaded.choose, loaded.scored, shape.pool, shape.depths)
+        scores.append(_score(opened, found["linear_probe"]))
+    outputs = 1 if shape.outputs == 2 else shape.outputs  # logistic regression has one set of weights for two classes
+    return Row("linear probe on the final state", (shape.width + 1) * outputs, scores)
+
+
+def _row(name: str, config: Ablate, opened: Opened, shape: Shape, seeds: range, device: torch.device, show: Show) -> Row:
+    scores, parameters = [], 0
+    for seed in seeds:
+        loaded = fitting.loaders(config, opened, seed, list(shape.states), device)
+        head = fitting.fresh(opened, shape, loaded.fit, seed)
+        parameters = count(head)
+        fitted = fitting.fit(head, opened, loaded, fitting.schedule(config, seed))
+        scores.append(_score(opened, fitted.metrics))
+        show.line(f"{name}, seed {seed}: {scores[-1]:.4f}, best epoch {fitted.outcome.epoch}")
+    return Row(name, parameters, scores)
+
+
+def _untrained(config: Ablate, show: Show, seeds: range, device: torch.device) -> Row:
+    """READ on a backbone of the same shape with random weights, extracted like any other."""
+    # what trains needs no transformers; what makes a backbone does
+    untrained = importlib.import_module("stages.untrained")
+    checkpoint = sources.checkpoint(config.backbone, local=False)
+    path = untrained.save(checkpoint, config.store / "untrained")
+    # its output embedding says nothing: it is asked through a classifier, whatever the head
+    own = config.model_copy(update={"backbone": str(path), "cache": None, "words": None, "head": "classifier"})
+    opened = open_caches(own, check(own), show)
+    return _row("READ on an untrained backbone", own, opened, _shape(own, opened, "read"), seeds, device, show)
+
+
+def _score(opened: Opened, metrics: dict[str, dict[str, float]]) -> float:
+    return metrics[opened.task.evaluation[0]][opened.task.metrics[0]]
+
+
+def verdict(rows: list[Row], metric: str) -> str:
+    """Whether recurrence helps: READ against the same parameters without it, seed by seed (paired t-test)."""
+    by_name = {row.name: row for row in rows}
+    read, reset = by_name[CONTROLS["read"]], by_name[CONTROLS["reset"]]
+    difference, error, p = paired(np.array(read.scores), np.array(reset.scores))
+    what = "makes no difference that these seeds show" if p >= SURE else "helps" if difference > 0 else "harms"
+    best = max((row for row in rows if row is not read), key=lambda row: float(np.mean(row.scores)))
+    one, two = float(np.mean(read.scores)), float(np.mean(reset.scores))
+    return (
+        f"Recurrence {what} here: {metric} {one:.4f} with READ, {two:.4f} with its state reset at every layer, "
+        f"{difference:+.4f} ± {error:.4f} ({len(read.scores)} seeds, standard error, p = {p:.3f}); the best of the others is "
+        f"{best.name} with {np.mean(best.scores):.4f}."
+    )

@@ -1,0 +1,74 @@
+"""Train one head from open caches and score it: what `train` does once, and `ablate` many times."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.config import Train
+from pipeline.opening import Opened, label_words
+from stages.evaluate import say, score
+from stages.heads import Head
+from stages.loader import Loader
+from stages.shape import Shape, build
+from stages.tasks import labelled
+from stages.train import Schedule, Trained, hold_out, train
+from store.errors import Refused
+
+EVALUATION_BATCH = 256
+
+
+class Loaders(NamedTuple):
+    """The examples that train, that choose the epoch, and that score."""
+
+    fit: Loader
+    choose: Loader
+    scored: dict[str, Loader]
+
+
+class Fitted(NamedTuple):
+    """A trained head and its scores on the evaluation splits."""
+
+    head: Head
+    outcome: Trained
+    metrics: dict[str, dict[str, float]]
+
+
+def loaders(config: Train, opened: Opened, seed: int, streams: list[str], device: torch.device) -> Loaders:
+    """Split the train cache by the seed, and load what the head reads. Raises Refused where there is nothing to learn."""
+    task, labels = opened.task, opened.labels
+    fit, choose = hold_out(labels[task.train], config.schedule.hold_out, seed)
+    if task.kind == "classification" and len(np.unique(labels[task.train][fit])) < 2:
+        only = task.classes[labels[task.train][fit][0]] if task.classes else ""
+        raise Refused(f"every training label is {only!r}: there is nothing to tell apart; raise LIMIT, or mend the data")
+
+    def load(split: str, examples: np.ndarray, batch: int) -> Loader:
+        return Loader(opened.caches[split], examples, labels[split], batch, device, streams)
+
+    scored = {split: load(split, labelled(labels[split]), EVALUATION_BATCH) for split in task.evaluation}
+    return Loaders(load(task.train, fit, config.batch), load(task.train, choose, EVALUATION_BATCH), scored)
+
+
+def fresh(opened: Opened, shape: Shape, fit: Loader, seed: int) -> Head:
+    """An untrained head on the loader's device, its weights from the seed."""
+    torch.manual_seed(seed)
+    head = build(shape, label_words(opened, shape))
+    if head.regression:
+        head.standardise(opened.labels[opened.task.train][fit.examples])
+    return head.to(fit.device)
+
+
+def schedule(config: Train, seed: int) -> Schedule:
+    """How to train, from the configuration."""
+    said = config.schedule
+    return Schedule(config.epochs, config.lr, said.weight_decay, said.warmup, said.clip, said.patience, seed)
+
+
+def fit(
+    head: Head, opened: Opened, loaded: Loaders, plan: Schedule, told: Callable[[dict[str, Any]], None] = lambda _: None
+) -> Fitted:
+    """Train a head, keep its best epoch, score it."""
+    outcome = train(head, opened.task, loaded.fit, loaded.choose, plan, told)
+    head.load_state_dict(outcome.weights)
+    return Fitted(head, outcome, {s: score(opened.task, say(head, loader)) for s, loader in loaded.scored.items()})
