@@ -19,7 +19,11 @@ from pipeline.commands import plan as plan_module
 
 def call(capfd, verb, *words, status=0, **options):
     """Run a verb with --json; returns its document."""
-    argv = [verb, *words, *(item for key, value in options.items() for item in (f"--{key.replace('_', '-')}", str(value)))]
+    argv = [
+        verb,
+        *words,
+        *(item for key, value in options.items() if value is not None for item in (f"--{key.replace('_', '-')}", str(value))),
+    ]
     with pytest.raises(SystemExit) as left:
         cli.main([*argv, "--json"])
     out, err = capfd.readouterr()
@@ -249,11 +253,17 @@ BAD = {
     "backbone": ("extract", {"backbone": "a/b/c"}, "unknown backbone 'a/b/c'"),
     "hub": ("extract", {"backbone": "some/model"}, "could not be had from the hub"),
     "hub in stage two": ("train", {"backbone": "some/model"}, "could not be had from the hub"),
-    "token rule": ("extract", {"tokens": "some"}, "unknown token rule 'some'; known: all, first, last, mean"),
-    "token rule in stage two": ("train", {"tokens": "some"}, "unknown token rule 'some'; known: all, first, last, mean"),
+    "token rule": ("extract", {"tokens": "some"}, "unknown token rule 'some'; known: mean, all, first, last"),
+    "token rule in stage two": ("train", {"tokens": "some"}, "unknown token rule 'some'; known: mean, all, first, last"),
     "codec": ("extract", {"codec": "zip"}, "unknown codec 'zip'; known: fp32, bf16"),
-    "cell": ("train", {"cell": "gruu"}, "unknown cell 'gruu'; known: rnn, gru, lstm"),
-    "pool": ("train", {"pool": "last"}, "pool 'last' does not go with tokens=mean; it allows mean"),
+    "layers of READ": ("train", {"set": "read.layers=9"}, "layer 9 is out of range for read.layers=9: the cache has blocks 1, 2"),
+    "joiner": ("train", {"set": "read.joiner=attention"}, "needs an encoder-decoder and all its tokens; these are tokens=mean"),
+    "head": ("train", {"head": "verbalizer"}, "needs a backbone with an output embedding (decoder, encoder-decoder)"),
+    "no words": ("train", {"task": "stsb", "head": "verbalizer"}, "stsb is a regression; leave HEAD out"),
+    "prompt": ("extract", {"prompt": "{text} good?"}, "prompt '{text} good?' names 'text'; it may name {sentence}"),
+    "image task": ("train", {"task": "digits", "data": None}, "task digits has images, and backbone"),
+    "cell": ("train", {"cell": "gruu"}, "unknown cell 'gruu'; known: rnn, gru, lstm, mingru"),
+    "pool": ("train", {"pool": "last"}, "pool 'last' does not go with tokens=mean of an encoder backbone; it allows mean"),
     "config key": ("train", {"set": "hiden=3"}, "unknown key 'hiden'; known: backbone"),
     "layers": ("extract", {"layers": "0-9"}, "layer 4 is out of range"),
     "device": ("extract", {"device": "cuda:9"}, "device 'cuda:9' is not here"),
@@ -362,7 +372,7 @@ def test_a_damaged_cache_is_met_with_a_line(capfd, said, own_store, verb, victim
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_an_altered_chunk_stops_training(capfd, said, own_store, split, monkeypatch):
     if split == "validation":  # it is read last, and still found first
-        monkeypatch.setattr("pipeline.commands.train.train", lambda *a: pytest.fail("it trained"))
+        monkeypatch.setattr("pipeline.fitting.train", lambda *a: pytest.fail("it trained"))
     said |= {"store": own_store, "tokens": "all"}
     fingerprint = call(capfd, "plan", **said)["splits"][split]["fingerprint"]
     path = own_store / "caches" / fingerprint / "encoder/values/c.0.0.0"
@@ -380,7 +390,7 @@ def test_a_damaged_cache_is_named_where_nothing_may_be_extracted(capfd, said, ow
 
 
 def test_runs_that_cannot_be_saved_are_refused_before_training(capfd, said, own_store, monkeypatch):
-    monkeypatch.setattr("pipeline.commands.train.train", lambda *a: pytest.fail("it trained"))
+    monkeypatch.setattr("pipeline.fitting.train", lambda *a: pytest.fail("it trained"))
     (own_store / "runs").write_text("")
     error = call(capfd, "train", **said | {"store": own_store, "tokens": "all"}, status=2)["error"]
     assert "cannot be written" in error

@@ -1,10 +1,10 @@
-"""Data sources, their checks, and token ids."""
+"""Data sources and their checks."""
 
 import json
 
 import numpy as np
 import pytest
-from conftest import sentence, write_rows
+from conftest import write_rows
 
 from stages import inputs, sources, tasks
 from store import Refused
@@ -162,47 +162,9 @@ def test_what_the_hub_gives_is_known_by_its_content(monkeypatch):
     assert train.columns["label"][0].tolist() == [-1, -1] and train.columns["label"][1] == ["negative", "positive"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(bert):
-    return inputs.tokenizer(sources.checkpoint(str(bert), local=True))
-
-
-def test_ragged_ids_are_those_of_each_text_alone(tokenizer):
-    texts = [sentence(n)[0] for n in range(2500)]
-    rows = inputs.order(len(texts), None, 0)
-    tokens = inputs.tokenize(tokenizer, inputs.of_texts({"text": texts}), ("text",), rows, 10)
-    assert isinstance(tokens.ids, np.memmap)
-    cut = 0
-    for place in (0, 1, 999, 1000, 2499):
-        ids = tokenizer(texts[rows[place]], truncation=True, max_length=10)["input_ids"]
-        assert tokens.ids[tokens.offset[place] : tokens.offset[place + 1]].tolist() == ids
-    for text in texts:
-        cut += len(tokenizer(text)["input_ids"]) > 10
-    assert tokens.cut == cut > 0 and tokens.lengths.max() == 10
-
-
-def test_pairs_are_tokenised_as_pairs(tokenizer):
-    tokens = inputs.tokenize(tokenizer, inputs.of_texts({"a": ["good"], "b": ["bad film"]}), ("a", "b"), np.array([0]), 10)
-    assert tokens.ids.tolist() == [2, 4, 3, 5, 10, 3] and tokens.types.tolist() == [0, 0, 0, 1, 1, 1]
-
-
-def test_a_key_tells_inputs_apart_and_knows_the_same_again(tokenizer):
-    texts = inputs.of_texts({"a": ["good", "good", "bad", "good bad"], "b": ["bad", "bad", "good", ""]})
-    keys = inputs.tokenize(tokenizer, texts, ("a", "b"), np.arange(4), 10).keys()
-    assert len({key.tobytes() for key in keys}) == 3 and keys[0].tobytes() == keys[1].tobytes()
-
-
 def test_limit_takes_a_seeded_sample():
     assert inputs.order(100, 10, 0).tolist() == inputs.order(100, None, 0)[:10].tolist() != inputs.order(100, 10, 1).tolist()
     assert len(inputs.order(5, 10, 0)) == 5
-
-
-def test_a_batch_is_padded_on_the_right_with_its_mask(tokenizer):
-    texts = inputs.of_texts({"a": ["good", "bad film plot"]})
-    batch = inputs.collate(inputs.tokenize(tokenizer, texts, ("a",), np.arange(2), 10), np.array([0, 1]))
-    assert batch["input_ids"].tolist() == [[2, 4, 3, 0, 0], [2, 5, 10, 11, 3]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
-    assert batch["token_type_ids"].tolist() == [[0] * 5] * 2
 
 
 def test_the_demo_has_no_text_in_both_splits():

@@ -21,7 +21,7 @@ def cache(tmp_path_factory):
 
 def loader(cache, window_chunks=100, examples=None, batch=7):
     examples = np.arange(len(LENGTHS)) if examples is None else examples
-    return Loader(cache, examples, np.arange(len(LENGTHS)) * 10, batch, CPU, window_chunks * cache.values.chunk_bytes())
+    return Loader(cache, examples, np.arange(len(LENGTHS)) * 10, batch, CPU, None, window_chunks * cache.chunk_bytes(["encoder"]))
 
 
 @pytest.mark.parametrize("window_chunks", [1, 3, 100])
@@ -53,7 +53,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(cache):
 def test_a_cache_that_fits_is_read_once(cache, monkeypatch):
     reads = []
     original = store.Cache.chunk
-    monkeypatch.setattr(store.Cache, "chunk", lambda self, number: reads.append(number) or original(self, number))
+    monkeypatch.setattr(store.Cache, "chunk", lambda self, number, stream: reads.append(number) or original(self, number, stream))
     mine = loader(cache)
     order(mine, 0, 1), order(mine, 0, 2)
     assert sorted(reads) == list(range(cache.chunks))

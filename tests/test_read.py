@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from stages.depths import Depths
-from stages.heads import Batch, Head, Pool, check_pool
-from stages.read import CELLS, READ
+from stages.heads import Batch, Head, Pool, Verbalizer, classifier
+from stages.read import CELLS, READ, Joined, Recurrence
 from store import Refused
 
 STATES = ["embedding", "block.1", "block.2", "block.3", "final"]
@@ -21,57 +21,111 @@ def trained(read):
     return read
 
 
-def by_hand(read, rows, cell):
+def by_hand(read, rows, cell, beside=None):
     """read.md line by line, one row at a time, one depth at a time; torch's gate order r, z, n and i, f, g, o."""
-    w_i, w_h = read.cell.weight_ih_l0, read.cell.weight_hh_l0
-    b_i, b_h = read.cell.bias_ih_l0, read.cell.bias_hh_l0
+    if cell == "mingru":
+        half = read.hidden
+        weights = [[w.weight[n * half : (n + 1) * half] for w in (read.cell.gate, read.cell.candidate)] for n in range(2)]
+    else:
+        weights = [
+            [getattr(read.cell, f"{name}_l0{end}", None) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+            for end in ("", "_reverse")
+        ]
 
     def normed(h):
         return read.norm.weight * h / torch.sqrt((h**2).mean() + 1e-6)
 
+    def step(u, r, c, own):
+        if cell == "mingru":
+            g = torch.sigmoid(own[0] @ u)
+            return (1 - g) * r + g * (own[1] @ u), c
+        w_i, w_h, b_i, b_h = own
+        a, b = w_i @ u + b_i, w_h @ r + b_h
+        if cell == "rnn":
+            return torch.tanh(a + b), c
+        if cell == "gru":
+            reset, update = torch.sigmoid(a[:H] + b[:H]), torch.sigmoid(a[H : 2 * H] + b[H : 2 * H])
+            return (1 - update) * torch.tanh(a[2 * H :] + reset * b[2 * H :]) + update * r, c
+        i, f, g, o = (a + b).chunk(4)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
     out = []
-    for row in rows:
-        r = read.start.weight @ normed(row[0]) + read.start.bias if read.start is not None else torch.zeros(H)
-        c, all_r = torch.zeros(H), []
-        for h in row[1:4]:
-            u = read.scale_in * normed(h)
-            a, b = w_i @ u + b_i, w_h @ r + b_h
-            if cell == "rnn":
-                r = torch.tanh(a + b)
-            elif cell == "gru":
-                reset, update = torch.sigmoid(a[:H] + b[:H]), torch.sigmoid(a[H : 2 * H] + b[H : 2 * H])
-                new = torch.tanh(a[2 * H :] + reset * b[2 * H :])
-                r = (1 - update) * new + update * r
-            else:
-                i, f, g, o = (a + b).chunk(4)
-                c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-                r = torch.sigmoid(o) * torch.tanh(c)
-            all_r.append(r)
-        mixed = torch.stack(all_r).mean(0) if read.aggregate == "mean" else all_r[-1]
+    for number, row in enumerate(rows):
+        inputs = [read.scale_in * normed(h) for h in row[1:4]]
+        if beside is not None:
+            inputs = [torch.cat([u, psi]) for u, psi in zip(inputs, beside[number], strict=True)]
+        mean, last = [], []
+        for direction in range(read.directions):
+            r = read.start.weight @ normed(row[0]) + read.start.bias if read.start is not None else torch.zeros(H)
+            c, states = torch.zeros(H), []
+            for u in inputs[:: -1 if direction else 1]:
+                r, c = step(u, r, c, weights[direction])
+                states.append(r)
+            mean.append(torch.stack(states).mean(0))
+            last.append(states[-1])
+        mixed = torch.cat(mean if read.aggregate == "mean" else last)
         out.append(row[4] + read.scale_out * (read.out.weight @ mixed + read.out.bias))
     return torch.stack(out)
+
+
+@pytest.fixture
+def doubles():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("aggregate", ["mean", "last"])
 @pytest.mark.parametrize("initial", ["zero", "embedding"])
-def test_read_is_its_formulas_and_so_are_its_gradients(cell, aggregate, initial):
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_read_is_its_formulas_and_so_are_its_gradients(doubles, cell, aggregate, initial, bidirectional):
     torch.manual_seed(0)
-    read = trained(READ(D, H, cell, aggregate, initial, scale_in=0.7, scale_out=1.3)).double()
-    rows = torch.randn(5, 5, D, dtype=torch.float64)
-    torch.set_default_dtype(torch.float64)
-    try:
-        expected = by_hand(read, rows, cell)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    found = read(rows, Depths.of(STATES))
+    read = trained(READ(D, H, cell, aggregate, initial, scale_in=0.7, scale_out=1.3, bidirectional=bidirectional))
+    rows = torch.randn(5, 5, D)
+    same(read, read(rows, Depths.of(STATES)), by_hand(read, rows, cell))
+
+
+def same(module, found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    parameters = [p for p in module.parameters()]
     for one, two in zip(
-        torch.autograd.grad(found.square().sum(), list(read.parameters())),
-        torch.autograd.grad(expected.square().sum(), list(read.parameters())),
+        torch.autograd.grad(found.square().sum(), parameters),
+        torch.autograd.grad(expected.square().sum(), parameters),
         strict=True,
     ):
         torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_joiner_is_its_formula(doubles, cell, bidirectional):
+    """r_l = Cell([RMSNorm(h_l) ; psi_l], r_{l-1}), psi_l = sum over encoder tokens of A_l times the encoder's last state."""
+    torch.manual_seed(0)
+    encoder = trained(Recurrence(D, H, cell, bidirectional=bidirectional))
+    decoder = trained(READ(D, H, cell, bidirectional=bidirectional, beside=encoder.outputs))
+    lengths, depths = torch.tensor([3, 1, 4]), Depths.of(STATES)
+    rows, attention, own = torch.randn(8, 5, D), torch.rand(8, 3), torch.randn(3, 5, D)
+    example = torch.arange(3).repeat_interleave(lengths)
+    found = Joined(encoder, decoder, depths)(rows, attention, example, own, depths)
+    psi = []
+    for mine, theirs in zip(rows.split(lengths.tolist()), attention.split(lengths.tolist()), strict=True):
+        states = encoder.states(mine, depths)  # by hand above
+        heard = states[:, -1] if not bidirectional else torch.cat([states[:, -1, :H], states[:, 0, H:]], 1)
+        psi.append([sum(theirs[token, block] * heard[token] for token in range(len(mine))) for block in range(3)])
+    same(nn.ModuleList([encoder, decoder]), found, by_hand(decoder, own, cell, psi))
+
+
+def test_fewer_blocks_hear_their_own_attention():
+    torch.manual_seed(0)
+    joined = Joined(trained(Recurrence(D, H)), trained(READ(D, H, beside=H)), Depths.of(STATES))
+    rows, attention, own, example = torch.randn(2, 5, D), torch.rand(2, 3), torch.randn(2, 5, D), torch.arange(2)
+    some = joined(rows, attention, example, own, Depths.of(STATES, "1,3"))
+    alone = joined(
+        rows, attention[:, [0, 2]], example, own[:, [0, 1, 3, 4]], Depths.of(["embedding", "block.1", "block.3", "final"])
+    )
+    torch.testing.assert_close(some, alone)
 
 
 @pytest.mark.parametrize(("width", "count"), [(768, 986_112), (1024, 1_248_768)])
@@ -83,6 +137,14 @@ def test_the_parameter_counts_are_the_papers(width, count):
 def test_the_parameter_count_is_its_formula(cell, gates):
     expected = gates * (H * D + H * H + 2 * H) + (H * D + D) + D
     assert sum(p.numel() for p in READ(D, H, cell).parameters()) == expected
+    assert sum(p.numel() for p in READ(D, H, "mingru").parameters()) == 2 * H * D + (H * D + D) + D
+    started = READ(D, H, cell, initial="embedding")
+    assert sum(p.numel() for p in started.parameters()) == expected + H * D + H
+
+
+def test_two_of_them_are_the_papers_share_of_t5_base():
+    """Encoder's and decoder's, each with its own output, of the 247,577,856 parameters of T5-base (v1.1)."""
+    assert 2 * sum(p.numel() for p in READ(768, 256).parameters()) / 247_577_856 == pytest.approx(0.00797, abs=5e-6)
 
 
 def test_training_begins_at_the_backbones_own_state():
@@ -100,6 +162,10 @@ def test_what_the_state_axis_means():
     assert Depths.of(STATES) == (0, [1, 2, 3], 4)
     assert Depths.of(["embedding", "block.1", "block.2"]) == (0, [1, 2], 2)
     assert Depths.of(["block.2", "final"]) == (None, [0], 1)
+    assert Depths.of(STATES, "1,3") == (0, [1, 3], 4)
+    assert Depths.of(["embedding", "block.1", "block.2"], "1") == (0, [1], 2)  # h_final stays the last block's
+    with pytest.raises(Refused, match="layer 9 is out of range for read.layers=2,9: the cache has blocks 1, 2, 3"):
+        Depths.of(STATES, "2,9")
     with pytest.raises(Refused, match="runs over block outputs"):
         Depths.of(["embedding", "final"])
 
@@ -134,14 +200,8 @@ def test_pooling_is_what_it_is_example_by_example(kind):
     torch.testing.assert_close(pool(rows, many), torch.stack(expected))
 
 
-def test_pooling_goes_with_the_token_rule():
-    assert check_pool(None, "all") == "attention" and check_pool(None, "mean") == "mean"
-    with pytest.raises(Refused, match="pool 'attention' does not go with tokens=first; it allows first"):
-        check_pool("attention", "first")
-
-
 def test_the_classifier_is_its_formula():
-    head = Head(trained(READ(D, H)), "mean", D, 3, 0.5, Depths.of(STATES)).eval()
+    head = Head(trained(READ(D, H)), "mean", D, classifier(D, 3, 0.5), 3, Depths.of(STATES)).eval()
     many = batch([2, 2], [2, 0])
     hidden = head.read(many.rows, Depths.of(STATES)).reshape(2, 2, D).mean(1)
     dense, out = head.output[1], head.output[4]
@@ -151,10 +211,19 @@ def test_the_classifier_is_its_formula():
 
 
 def test_a_regressor_speaks_in_the_labels_unit():
-    head = Head(READ(D, H), "mean", D, 1, 0.0, Depths.of(STATES))
+    head = Head(READ(D, H), "mean", D, classifier(D, 1, 0.0), 1, Depths.of(STATES))
     head.standardise([1.0, 3.0, 5.0])
     nn.init.zeros_(head.output[-1].weight)
     nn.init.zeros_(head.output[-1].bias)
     many = batch([1, 2], [3.0, 5.0])
     assert head(many).tolist() == [[3.0], [3.0]]
     assert head.loss(many).item() == pytest.approx((0 + (2 / 2) ** 2) / 2)
+
+
+def test_a_verbalizer_answers_with_the_label_words_rows():
+    torch.manual_seed(0)
+    words = torch.randn(3, D)
+    head = Head(trained(READ(D, H)), "last", D, Verbalizer(words), 3, Depths.of(STATES))
+    many = batch([1, 1], [2, 0])
+    torch.testing.assert_close(head(many), head.read(many.rows, Depths.of(STATES)) @ words.T)
+    assert {name.split(".")[0] for name, _ in head.named_parameters()} == {"read"}  # nothing else is trained

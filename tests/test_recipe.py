@@ -13,6 +13,7 @@ from pipeline.commands.plan import prepare
 from pipeline.config import Extract, Plan
 from pipeline.lookup import look
 from stages import sources, tasks
+from stages.anatomy import Anatomy, Stream
 from store import catalog
 from store.fingerprint import fingerprint
 
@@ -32,10 +33,11 @@ def copies(tmp_path, bert, reviews):
 
 def test_the_golden_recipe_has_its_golden_fingerprint():
     """A change here makes every cache of every team a miss: it must be meant."""
-    checkpoint = sources.Checkpoint("b", None, "1" * 64, "2" * 64, "3" * 64)
-    known = recipe.known(Plan(task="rte", limit=5, layers="0-2"), tasks.find("rte"), "train", "4" * 64, checkpoint)
+    checkpoint = sources.Checkpoint("b", None, "1" * 64, "2" * 64, "3" * 64, "5" * 64)
+    known = recipe.known(Plan(task="rte", limit=5, layers="0-2"), tasks.find("rte"), "encoder", "train", "4" * 64, checkpoint)
     known["transformers"] = "5.0"
-    whole = recipe.complete(known, "encoder", ["embedding", "block.1", "block.2", "final"], False, "sdpa", "float32")
+    anatomy = Anatomy("encoder", {"encoder": Stream("layers", 3, False)}, 16, 64, "sdpa", None)
+    whole = recipe.complete(known, anatomy, "float32")
     assert whole == {
         "format": 1,
         "backbone": {"weights": "1" * 64, "config": "2" * 64, "kind": "encoder"},
@@ -120,8 +122,9 @@ def test_what_is_known_without_the_backbone_agrees_with_the_whole(extracted):
         assert fingerprint(whole) == item.path.name
         task = tasks.find("sst2")
         config = Plan(task="sst2", tokens="all", max_length=32)
-        assert catalog.agrees(whole, recipe.known(config, task, whole["data"]["split"], None, None))
-        other = recipe.known(config.model_copy(update={"tokens": "mean"}), task, whole["data"]["split"], None, None)
+        split = whole["data"]["split"]
+        assert catalog.agrees(whole, recipe.known(config, task, "encoder", split, None, None))
+        other = recipe.known(config.model_copy(update={"tokens": "mean"}), task, "encoder", split, None, None)
         assert catalog.differences(whole, other) == ['tokens: "all", not "mean"']
 
 

@@ -7,8 +7,8 @@ from stages import tasks
 from store import Refused
 
 
-def test_the_nine_glue_tasks_and_the_demo_are_there():
-    assert set(tasks.TASKS) == {"cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli", "demo"}
+def test_the_nine_glue_tasks_and_the_demos_are_there():
+    assert set(tasks.TASKS) == {"cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli", "demo", "digits"}
     assert tasks.TASKS["mnli"].evaluation == ("validation_matched", "validation_mismatched")
     assert tasks.TASKS["mnli"].outputs == 3 and tasks.TASKS["stsb"].outputs == 1
     assert tasks.TASKS["cola"].metrics == ("matthews_correlation",)

@@ -9,7 +9,7 @@ import store
 from stages import baselines, tasks
 from stages.depths import Depths
 from stages.evaluate import say, score
-from stages.heads import Head
+from stages.heads import Head, classifier
 from stages.loader import Loader
 from stages.metrics import scores
 from stages.read import READ
@@ -33,7 +33,7 @@ def learnable(tmp_path_factory):
 def run(learnable, schedule, seed=0, told=lambda line: None):
     cache, labels = learnable
     torch.manual_seed(seed)
-    head = Head(READ(3, 8), "first", 3, 2, 0.1, Depths.of(cache.states))
+    head = Head(READ(3, 8), "first", 3, classifier(3, 2, 0.1), 2, Depths.of(cache.states["encoder"]))
     fit, choose = hold_out(labels, 0.1, seed)
     loaders = [Loader(cache, part, labels, 16, CPU) for part in (fit, choose)]
     return head, loaders, train(head, TASK, *loaders, schedule, told)
@@ -111,6 +111,6 @@ def test_baselines_are_what_they_say():
 def test_the_probe_sees_the_pooled_final_state(learnable):
     cache, labels = learnable
     mine = Loader(cache, np.arange(N), labels, 16, CPU)
-    features, found = baselines.features(mine, "first", Depths.of(cache.states))
+    features, found = baselines.features(mine, "first", Depths.of(cache.states["encoder"]))
     assert np.array_equal(features, np.concatenate([cache.rows(n)[:, 1] for n in range(N)]))
     assert np.array_equal(found, labels)

@@ -1,0 +1,252 @@
+"""The whole road for every kind of backbone: extract, train, evaluate, predict; the ablation; and bad input for each."""
+
+import families
+import numpy as np
+import pytest
+from PIL import Image
+from test_commands import FAST, call
+
+import store
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory):
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = families.save(name, tmp_path_factory.mktemp(name) / f"tiny-{name}")
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A DATA folder with a task of class folders: light and dark pictures of several sizes."""
+    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, count in (("train", 60), ("validation", 20)):
+        for name, low in (("dark", 0), ("light", 120)):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count // 2):
+                pixels = random.integers(low, low + 130, (10 + number % 5, 12, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+    path = folder / "shades.yaml"
+    path.write_text("files: {train: train, validation: validation}\nimage: image\nlabel: label\n")
+    return path
+
+
+@pytest.fixture
+def said(tmp_path, backbones, reviews):
+    def options(name, **more):
+        return {
+            "task": "sst2",
+            "backbone": backbones(name),
+            "data": reviews,
+            "store": tmp_path / "store",
+            "max_length": 32,
+        } | more
+
+    return options
+
+
+ROADS = [
+    ("gpt2", {}, {}, "last"),
+    ("gpt2", {"words": "bad,good"}, {"head": "verbalizer"}, "last"),
+    ("llama", {"tokens": "all"}, {"cell": "mingru", "set": "read.bidirectional=true"}, "all"),
+    ("t5", {}, {}, "all"),
+    ("t5", {"tokens": "last", "words": "bad,good"}, {"head": "verbalizer", "cell": "lstm"}, "last"),
+    ("bart", {}, {"set": "read.joiner=none"}, "all"),
+    ("bert", {"prompt": "{sentence} was it good"}, {"set": "read.layers=1,3"}, "mean"),
+]
+
+
+@pytest.mark.parametrize(("name", "inputs", "choices", "rule"), ROADS)
+def test_texts(capfd, said, reviews, name, inputs, choices, rule):
+    options = said(name, **inputs)
+    planned, made = (call(capfd, verb, **options)["splits"] for verb in ("plan", "extract"))
+    for split, part in made.items():
+        folder = options["store"] / "caches" / part["fingerprint"]
+        assert planned[split]["bytes"] == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        recipe = store.open(folder).manifest.recipe
+        assert (recipe["tokens"], recipe["backbone"]["kind"]) == (rule, families.KINDS_OF[name])
+    trained = call(capfd, "train", "--no-extract", **options, **FAST | choices)
+    assert trained["fingerprints"]["train"] == made["train"]["fingerprint"]
+    run = {"run": trained["run"], "store": options["store"]}
+    assert call(capfd, "evaluate", **run)["metrics"] == trained["metrics"]
+    cached = call(capfd, "predict", **run, split="validation")["predictions"]
+    fresh = call(capfd, "predict", **run, file=reviews / "sst2" / "validation.jsonl")["predictions"]
+    for one, two in zip(fresh, cached, strict=True):
+        assert one["probabilities"] == pytest.approx(two["probabilities"], abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("vit", None), ("dinov2", "mean"), ("clip", "all"), ("siglip_vision_model", "mean")]
+)
+def test_images(capfd, said, pictures, name, tokens):
+    options = said(name, task=pictures, data=None, tokens=tokens)
+    trained = call(capfd, "train", **options, **FAST | {"epochs": 20, "set": "schedule.patience=20"})
+    assert trained["metrics"]["validation"]["accuracy"] > 0.8
+    run = {"run": trained["run"], "store": options["store"]}
+    assert call(capfd, "evaluate", **run)["metrics"] == trained["metrics"]
+    cached = call(capfd, "predict", **run, split="validation")["predictions"]
+    first = sorted((pictures.parent / "validation").glob("*/*.png"))[0]
+    fresh = call(capfd, "predict", **run, file=first)["predictions"][0]
+    assert fresh["probabilities"] == pytest.approx(cached[0]["probabilities"], abs=5e-3) and fresh["image"] == [str(first)]
+    assert "give FILE=<an image>" in call(capfd, "predict", **run, text="x", status=2)["error"]
+
+
+def test_images_in_parquet_are_those_of_the_folder(capfd, said, pictures, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for split in ("train", "validation"):
+        files = sorted((pictures.parent / split).glob("*/*.png"))
+        columns = {"picture": [file.read_bytes() for file in files], "y": [file.parent.name for file in files]}
+        pq.write_table(pa.table(columns), tmp_path / f"{split}.parquet")
+    path = tmp_path / "own.yaml"
+    path.write_text("files: {train: train.parquet, validation: validation.parquet}\nimage: picture\nlabel: y\n")
+    made = [
+        call(capfd, "extract", **said("vit", task=task, data=None), splits="train")["splits"]["train"]["fingerprint"]
+        for task in (pictures, path)
+    ]
+    one, two = (store.open(said("vit")["store"] / "caches" / fingerprint) for fingerprint in made)
+    assert np.array_equal(one.table("key"), two.table("key")) and np.array_equal(one.rows(3), two.rows(3))
+    torn = pa.table({"picture": [b"no image"] * 3, "y": ["dark", "light", "dark"]})
+    pq.write_table(torn, tmp_path / "train.parquet")
+    error = call(capfd, "extract", **said("vit", task=path, data=None), status=2)["error"]
+    assert "of column 'picture' is no image that opens" in error
+
+
+def test_the_digits_are_all_there_and_no_picture_is_in_both_splits(capfd, said):
+    options = said("vit", task="digits", data=None)
+    made = call(capfd, "extract", **options)["splits"]
+    assert made["train"]["examples"] + made["validation"]["examples"] == 1797 and made["validation"]["examples"] == 327
+    keys = [store.open(options["store"] / "caches" / part["fingerprint"]).table("key") for part in made.values()]
+    assert not {key.tobytes() for key in keys[0]} & {key.tobytes() for key in keys[1]}
+
+
+def test_stage_two_reads_only_the_streams_that_the_head_reads(capfd, said, monkeypatch):
+    options = said("t5")
+    call(capfd, "extract", **options)
+    read = []
+    original = store.Cache.chunk
+    monkeypatch.setattr(store.Cache, "chunk", lambda self, number, stream: read.append(stream) or original(self, number, stream))
+    call(capfd, "train", **options, **FAST, set="read.joiner=none")
+    assert set(read) == {"decoder"}
+    call(capfd, "train", **options, **FAST)
+    assert set(read) == {"decoder", "encoder"}
+
+
+def test_words_are_part_of_the_recipe_and_carried_by_the_cache(capfd, said):
+    made = {}
+    for words in ("bad,good", "dull,great"):
+        part = call(capfd, "extract", **said("gpt2", words=words))["splits"]["train"]
+        made[words] = store.open(said("gpt2")["store"] / "caches" / part["fingerprint"])
+    one, two = made.values()
+    assert one.fingerprint != two.fingerprint and one.words.shape == (2, 16) and not np.array_equal(one.words, two.words)
+    assert one.arrays["words/embedding"].attributes["words"] == ["bad", "good"]
+
+
+def test_a_cache_of_another_prompt_is_not_served(capfd, said):
+    call(capfd, "extract", **said("gpt2"))
+    error = call(capfd, "train", "--no-extract", **said("gpt2", prompt="{sentence} is"), status=2)["error"]
+    assert "differs in data.template" in error
+
+
+BAD = {
+    "first token of a decoder": (
+        "gpt2",
+        {"tokens": "first"},
+        "tokens=first does not go with a decoder backbone: its first token",
+    ),
+    "token rule of an encoder-decoder": ("t5", {"tokens": "mean"}, "an encoder-decoder backbone; it allows all, last"),
+    "word of several tokens": (
+        "gpt2",
+        {"head": "verbalizer", "words": "good,bad film"},
+        "label word 'bad film' is 2 tokens (bad, film)",
+    ),
+    "word that is not there": (
+        "t5",
+        {"head": "verbalizer", "words": "good,terrific"},
+        "'terrific' is not in the backbone's vocabulary",
+    ),
+    "the task's own words": ("gpt2", {"head": "verbalizer"}, "label word 'negative' is not in the backbone's vocabulary"),
+    "too few words": (
+        "gpt2",
+        {"head": "verbalizer", "words": "good"},
+        "1 label words (good) for the 2 classes negative, positive",
+    ),
+    "image task": ("gpt2", {"task": "digits", "data": None}, "task digits has images, and backbone"),
+    "text task": ("vit", {}, "task sst2 has texts, and backbone"),
+    "no class token": (
+        "siglip_vision_model",
+        {"task": "digits", "data": None},
+        "has no class token, which tokens=first would keep",
+    ),
+    "last of an image": (
+        "vit",
+        {"task": "digits", "data": None, "tokens": "last"},
+        "an image backbone; it allows first, mean, all",
+    ),
+    "layer": ("t5", {"layers": "3"}, "layer 3 is out of range: this backbone has depths 0 (the embedding) … 2"),
+    "layer of READ": ("gpt2", {"set": "read.layers=4"}, "layer 4 is out of range for read.layers=4"),
+    "joiner": ("t5", {"tokens": "last", "set": "read.joiner=attention"}, "needs an encoder-decoder and all its tokens"),
+    "pool": ("gpt2", {"tokens": "all", "pool": "first"}, "pool 'first' does not go with tokens=all of a decoder backbone"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line_before_any_work(capfd, said, monkeypatch, name):
+    from stages import backbone, words
+
+    monkeypatch.setattr(backbone.Backbone, "__init__", lambda *a, **k: pytest.fail("the backbone was loaded"))
+    monkeypatch.setattr(words, "rows", lambda *a, **k: pytest.fail("the backbone was loaded"))
+    which, wrong, expected = BAD[name]
+    options = said(which) | wrong
+    error = call(capfd, "train", status=2, **options)["error"]
+    assert expected in error and "\n" not in error, error
+    assert not list(options["store"].glob("*/*/*"))
+
+
+def test_without_an_image_processor_it_says_so(capfd, said, pictures, tmp_path):
+    import shutil
+
+    path = shutil.copytree(said("vit")["backbone"], tmp_path / "bare")
+    (path / "preprocessor_config.json").unlink()
+    error = call(capfd, "extract", **said("vit", task=pictures, data=None) | {"backbone": path}, status=2)["error"]
+    assert "has no image processor that loads" in error and "preprocessor_config.json" in error
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_an_ablation_trains_every_control_from_the_same_cache(capfd, said, name):
+    from stages.controls import CONTROLS
+
+    told = call(capfd, "ablate", **said(name), **FAST | {"seeds": 2})
+    rows = {row["name"]: row for row in told["rows"]}
+    assert set(rows) == {"linear probe on the final state", "READ on an untrained backbone", *CONTROLS.values()}
+    for row in rows.values():
+        assert len(row["scores"]) == 2 and row["mean"] == pytest.approx(np.mean(row["scores"]))
+        assert row["standard_deviation"] == pytest.approx(np.std(row["scores"], ddof=1))
+    if name == "bert":  # an encoder-decoder's READ is joined, its controls are not
+        assert rows["READ"]["parameters"] == rows[CONTROLS["reset"]]["parameters"] == rows[CONTROLS["shuffled"]]["parameters"]
+    alone = call(capfd, "train", **said(name), **FAST, seed=1)
+    assert rows["READ"]["scores"][1] == alone["metrics"]["validation"]["accuracy"]  # the same training as `train` has
+    assert rows["READ"]["parameters"] == alone["trainable_parameters"]
+    assert told["sentence"].startswith("Recurrence ") and "(2 seeds, " in told["sentence"]
+
+
+def test_the_verdict_follows_the_scores():
+    from pipeline.commands.ablate import Row, verdict
+    from stages.controls import CONTROLS
+
+    def word(read, reset):
+        return verdict([Row(CONTROLS["read"], 1, read), Row(CONTROLS["reset"], 1, reset)], "accuracy").split(" here")[0]
+
+    assert word([0.9, 0.91, 0.92], [0.8, 0.82, 0.81]) == "Recurrence helps"
+    assert word([0.8, 0.82, 0.81], [0.9, 0.91, 0.92]) == "Recurrence harms"
+    assert (
+        word([0.9, 0.7, 0.8], [0.7, 0.9, 0.8])
+        == word([0.5, 0.5], [0.5, 0.5])
+        == "Recurrence makes no difference that these seeds show"
+    )
