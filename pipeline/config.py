@@ -196,6 +196,8 @@ class Bench(Train):
     """which table"""
     only: str | None = None
     """of `recipes`: these variants, comma-separated"""
+    seeds: Count = 3
+    """of `recipes`: how many"""
     task: str = ",".join(name for name, task in TASKS.items() if task.hub)
     """comma-separated tasks"""
 

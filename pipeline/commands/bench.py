@@ -13,7 +13,7 @@ from stages import tasks
 from stages.device import pick
 from store.errors import Refused
 
-BENCH_ONLY = {"what", "only"}
+BENCH_ONLY = {"what", "only", "seeds"}
 
 
 def run(config: Bench, show: Show) -> dict[str, Any]:
@@ -32,9 +32,9 @@ def glue(config: Bench, show: Show) -> dict[str, Any]:
         own = Train(**config.model_dump(exclude=BENCH_ONLY | {"task"}), task=name)
         stage_one = Extract.part_of(own, ",".join((task.train, *task.evaluation)))
         sizes = {}
-        for rule in ("all", "mean", "first"):
+        for rule in dict.fromkeys(("all", config.tokens)):
             parts = plan.prepare(stage_one.model_copy(update={"tokens": rule})).parts.values()
-            sizes[rule] = sum(part.found.bytes for part in parts)
+            sizes[rule or "default"] = sum(part.found.bytes for part in parts)
         made = extract.run(stage_one, show)["splits"]
         told = train.run(own, show)
         split, scores = next(iter(told["metrics"].items()))
@@ -52,8 +52,9 @@ def glue(config: Bench, show: Show) -> dict[str, Any]:
                 "run": told["run"],
             }
         )
-    show.line("| task | metric | majority | linear probe | READ | stage one | stage two | cache: all | mean | first |")
-    show.line("|---|---|---|---|---|---|---|---|---|---|")
+    rules = " | ".join(f"cache: {rule}" for rule in rows[0]["bytes"])
+    show.line(f"| task | metric | majority | linear probe | READ | stage one | stage two | {rules} |")
+    show.line("|---" * (7 + len(rows[0]["bytes"])) + "|")
     for row in rows:
         cells = [row["task"], row["metric"], *(f"{row[name]:.3f}" for name in ("majority", "linear_probe", "read"))]
         cells += ["hit" if row["extract_seconds"] is None else duration(row["extract_seconds"]), duration(row["train_seconds"])]
@@ -66,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lr 0.0003": {"lr": 3e-4},
     "lr 0.003": {"lr": 3e-3},
     "20 epochs": {"epochs": 20},
+    "batch 64 and lr 0.002": {"batch": 64, "lr": 2e-3},
     "batch 16": {"batch": 16},
     "hidden 64": {"hidden": 64},
     "hidden 512": {"hidden": 512},
@@ -88,7 +90,7 @@ HELD_OUT = 0.2
 
 
 def recipes(config: Bench, show: Show) -> dict[str, Any]:
-    """Variants of the defaults compared on a held-out part of train splits alone, three seeds each: what chose the defaults."""
+    """Variants of the defaults compared on a held-out part of train splits alone: what chose the defaults."""
     device, rows = pick(config.device), []
     for name, changes in VARIANTS.items():
         if config.only and name not in config.only.split(","):
@@ -99,7 +101,7 @@ def recipes(config: Bench, show: Show) -> dict[str, Any]:
             opened = open_caches(own, check(own), Show(to_stderr=True))
             shape = shape_of(own, opened.task, opened.recipe, opened.caches[opened.task.train].manifest.counts["width"])
             own = own.model_copy(update={"schedule": own.schedule.model_copy(update={"hold_out": HELD_OUT})})
-            for seed in range(3):
+            for seed in range(config.seeds):
                 loaded = fitting.loaders(own, opened, seed, list(shape.states), device)
                 head = fitting.fresh(opened, shape, loaded.fit, seed)
                 outcome = fitting.fit(head, opened, loaded._replace(scored={}), fitting.schedule(own, seed)).outcome
