@@ -184,7 +184,7 @@ class Predict(_OfRun):
     text_pair: str | None = None
     """the second text, where the task takes pairs"""
     file: Place | None = None
-    """.jsonl file, a line an example, with the task's text columns"""
+    """.jsonl file, a line an example, with the task's text columns; of an image task an image, or a folder of them"""
     backbone: str | None = None
     """where the run's backbone lies now, if it moved"""
 

@@ -27,8 +27,7 @@ class Attached(nn.Module):
 
     def batch(self, inputs: dict[str, Tensor]) -> Batch:
         """What a cache would give of these inputs: states selected, stored and read again."""
-        with torch.no_grad():
-            kept = rows(self.backbone, inputs, self.states, self.tokens, self.codec)
+        kept = rows(self.backbone, inputs, self.states, self.tokens, self.codec)
         streams = {
             stream: unpack(
                 {path.split("/")[1]: v for path, v in kept.arrays.items() if path.startswith(f"{stream}/")}, self.codec

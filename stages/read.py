@@ -164,6 +164,7 @@ class Joined(nn.Module):
         """
         heard = self.encoder.last(self.encoder.states(rows, self.encoder_depths))  # (r, H)
         columns = [block - (0 if depths.embedding is None else depths.embedding + 1) for block in depths.blocks]
-        weighted = attention[:, columns, None] * heard[:, None]  # (r, L, H)
-        psi = weighted.new_zeros(len(decoder), *weighted.shape[1:]).index_add(0, example, weighted)  # (B, L, H)
+        empty = heard.new_zeros(len(decoder), heard.shape[1])
+        # block by block: never (r, L, H) at once
+        psi = torch.stack([empty.index_add(0, example, attention[:, column, None] * heard) for column in columns], 1)  # (B, L, H)
         return cast(Tensor, self.decoder(decoder, depths, psi))

@@ -73,11 +73,12 @@ def build(shape: Shape, words: torch.Tensor | None = None) -> Head:
     depths = shape.depths
     if shape.control == "shuffled":
         depths = depths._replace(blocks=[depths.blocks[place] for place in shuffled(len(depths.blocks), 0)])
+    read = _reader(shape, depths)
     if shape.head == "verbalizer":
         output: nn.Module = Verbalizer(torch.zeros(shape.outputs, shape.width) if words is None else words)
     else:
         output = classifier(shape.width, shape.outputs, shape.dropout)
-    return Head(_reader(shape, depths), shape.pool, shape.width, output, shape.outputs, depths)
+    return Head(read, shape.pool, shape.width, output, shape.outputs, depths)
 
 
 def _reader(shape: Shape, depths: Depths) -> nn.Module:

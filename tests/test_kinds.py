@@ -3,10 +3,12 @@
 import families
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_commands import FAST, call
 
 import store
+from stages.loader import Loader
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,8 @@ def test_images(capfd, said, pictures, name, tokens):
     first = sorted((pictures.parent / "validation").glob("*/*.png"))[0]
     fresh = call(capfd, "predict", **run, file=first)["predictions"][0]
     assert fresh["probabilities"] == pytest.approx(cached[0]["probabilities"], abs=5e-3) and fresh["image"] == [str(first)]
-    assert "give FILE=<an image>" in call(capfd, "predict", **run, text="x", status=2)["error"]
+    assert len(call(capfd, "predict", **run, file=first.parent)["predictions"]) == 10
+    assert "give FILE=<an image, or a folder of them>" in call(capfd, "predict", **run, text="x", status=2)["error"]
 
 
 def test_images_in_parquet_are_those_of_the_folder(capfd, said, pictures, tmp_path):
@@ -136,6 +139,31 @@ def test_stage_two_reads_only_the_streams_that_the_head_reads(capfd, said, monke
     assert set(read) == {"decoder"}
     call(capfd, "train", **options, **FAST)
     assert set(read) == {"decoder", "encoder"}
+
+
+def test_both_streams_of_many_chunks_are_those_of_one(capfd, said, tmp_path, monkeypatch):
+    from pipeline import recipe
+
+    found = []
+    for size in (recipe.CHUNK_BYTES, 20_000):
+        monkeypatch.setattr(recipe, "CHUNK_BYTES", size)
+        part = call(capfd, "extract", **said("t5"), splits="train")["splits"]["train"]
+        found.append(store.open(said("t5")["store"] / "caches" / part["fingerprint"]))
+    one, many = found
+    assert one.chunks == 1 and many.chunks > 3
+    for example in range(120):
+        for stream, kept in (("encoder", many.length[example]), ("decoder", 1)):
+            rows = many.rows(example, stream)
+            assert len(rows) == kept
+            np.testing.assert_allclose(rows, one.rows(example, stream), atol=0.05)
+    device = torch.device("cpu")
+    whole, parts = (
+        next(Loader(cache, np.arange(0, 120, 7), np.zeros(120), 99, device, ["encoder", "decoder"]).in_order()) for cache in found
+    )
+    torch.testing.assert_close(whole.attention, parts.attention, rtol=0, atol=1e-5)
+    torch.testing.assert_close(whole.decoder, parts.decoder, rtol=0, atol=0.05)
+    apart = torch.cdist(parts.decoder.flatten(1), parts.decoder.flatten(1)).fill_diagonal_(1)
+    assert apart.min() > 0  # every example has a row of its own
 
 
 def test_words_are_part_of_the_recipe_and_carried_by_the_cache(capfd, said):

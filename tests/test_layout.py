@@ -55,3 +55,15 @@ def test_metadata_are_what_zarr_writes_and_depend_on_nothing_else():
 def test_a_columns_name_comes_back_from_its_path_and_stays_in_its_folder(name):
     path = layout.column_path(name)
     assert layout.column_name(f"examples/{path}") == name and path.count("/") == 1 and "." not in path
+
+
+@given(LENGTHS, st.integers(1, 50))
+def test_a_stream_of_one_row_an_example_lies_in_the_same_chunks(lengths, chunk_bytes):
+    place = layout.place(lengths, 1, chunk_bytes)
+    beside = layout.one_each(place)
+    assert len(set(beside.start.tolist())) == len(lengths) and (beside.first == place.first).all()
+    assert (beside.start // beside.chunk_rows == place.start // place.chunk_rows).all()
+    assert beside.chunk_rows == np.diff(place.first).max() and beside.rows == beside.chunk_rows * place.chunks
+    for number in range(place.chunks):
+        own = beside.start[place.first[number] : place.first[number + 1]]
+        assert own.tolist() == [number * beside.chunk_rows + n for n in range(len(own))]

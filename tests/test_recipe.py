@@ -58,6 +58,42 @@ def test_the_golden_recipe_has_its_golden_fingerprint():
     assert fingerprint(whole).startswith(GOLDEN)
 
 
+CHECKPOINT = sources.Checkpoint("b", None, "1" * 64, "2" * 64, "3" * 64, "5" * 64)
+
+
+def whole(task, anatomy, **more):
+    config = Plan(task=task, **more)
+    known = recipe.known(config, tasks.find(task), anatomy.kind, "train", "4" * 64, CHECKPOINT)
+    return recipe.complete(known | {"transformers": "5.0"}, anatomy, "float32")
+
+
+def test_the_recipes_of_the_other_kinds():
+    """What a golden encoder's has not; a change here makes caches of these kinds a miss."""
+    decoder = whole("rte", Anatomy("decoder", {"decoder": Stream("h", 2, True)}, 16, 64, "sdpa", None))
+    assert decoder["states"] == ["embedding", "block.1", "block.2", "final"] and decoder["tokens"] == "last"
+    assert decoder["data"]["template"] == "{sentence1}\nQuestion: {sentence2} True or False? Answer:"
+    assert decoder["words"] == ["True", "False"] and decoder["tokenizer"]["truncation"] == "left"
+    streams = {"encoder": Stream("e", 2, True), "decoder": Stream("d", 1, True)}
+    joined = Anatomy("encoder-decoder", streams, 16, 64, "eager", None, start=0)
+    both, alone = whole("rte", joined), whole("rte", joined, tokens="last")
+    assert (both["tokens"], both["states"]) == ("all", ["embedding", "block.1", "block.2", "final"])
+    assert both["decoder_states"] == alone["states"] == ["embedding", "block.1", "final"] and both["decoder_input"] == [0]
+    assert "decoder_states" not in alone
+    assert recipe.states(both) == {"encoder": both["states"], "decoder": both["decoder_states"]}
+    assert recipe.states(alone) == {"decoder": alone["states"]}
+    image = whole("digits", Anatomy("image", {"image": Stream("l", 1, True)}, 16, 17, "sdpa", None, None, (3, 16, 16), 1))
+    assert image["processor"] == {"files": "5" * 64, "backend": "pil"} and image["image"] == {"pixels": [3, 16, 16], "prefix": 1}
+    assert image["tokens"] == "first" and not {"tokenizer", "max_length", "words"} & set(image)
+    found = [fingerprint(made)[:12] for made in (decoder, both, alone, image)]
+    assert found == ["dd99ac8bba4c", "20ae21df25ad", "2e363e562383", "cdef7a86873d"]
+
+
+def test_prompt_and_words_are_another_key():
+    anatomy = Anatomy("decoder", {"decoder": Stream("h", 2, True)}, 16, 64, "sdpa", None)
+    keys = {fingerprint(whole("rte", anatomy, **more)) for more in ({}, {"prompt": "{sentence1}"}, {"words": "yes,no"})}
+    assert len(keys) == 3 and fingerprint(whole("rte", anatomy, words="True, False")) in keys
+
+
 def test_another_folder_and_another_hash_seed_give_the_same_key(bert, reviews, tmp_path, copies):
     here = keys(bert, reviews, tmp_path / "s")
     assert keys(*copies, tmp_path / "s") == here

@@ -11,7 +11,7 @@ from stages.depths import Depths
 from stages.evaluate import say, score
 from stages.heads import Head, classifier
 from stages.loader import Loader
-from stages.metrics import scores
+from stages.metrics import paired, scores
 from stages.read import READ
 from stages.train import Schedule, hold_out, train
 from store import Refused
@@ -85,6 +85,16 @@ def test_metrics_are_glues():
     assert found == pytest.approx({"accuracy": 0.8, "f1": 0.8, "matthews_correlation": (2 * 2 - 0 * 1) / 6})
     x, y = np.array([1.0, 2, 3, 4]), np.array([1.0, 3, 2, 8])
     assert scores(("pearson", "spearmanr"), x, y) == pytest.approx({"pearson": np.corrcoef(x, y)[0, 1], "spearmanr": 0.8})
+
+
+def test_paired_scores_are_compared_by_a_t_test():
+    from scipy import stats
+
+    one, two = np.array([0.9, 0.8, 0.85, 0.7]), np.array([0.8, 0.82, 0.8, 0.66])
+    difference, error, p = paired(one, two)
+    assert (difference, error) == pytest.approx((0.0425, stats.sem(one - two)))
+    assert p == pytest.approx(stats.ttest_rel(one, two).pvalue)
+    assert paired(one, one) == (0.0, 0.0, 1.0) and paired(one + 0.125, one)[2] < 1e-6
 
 
 def test_a_constant_has_no_correlation():

@@ -18,6 +18,7 @@ from stages.device import pick
 from stages.evaluate import outputs, say
 from stages.heads import Head
 from stages.loader import Loader
+from stages.sources import IMAGES
 from stages.tasks import Task
 from store.errors import Refused
 
@@ -103,10 +104,15 @@ def _texts(config: Predict, task: Task) -> list[list[str]]:
 
 
 def _images(config: Predict) -> list[list[str]]:
-    """The path of one image, as the one column."""
-    if config.file is None or not config.file.is_file():
-        raise Refused(f"this run reads images: give FILE=<an image>, not {config.file or 'TEXT'}")
-    return [[str(config.file)]]
+    """The paths of an image, or of a folder of them, as the one column."""
+    if config.file is None or not config.file.exists():
+        raise Refused(f"this run reads images: give FILE=<an image, or a folder of them>, not {config.file or 'TEXT'}")
+    found = [config.file]
+    if config.file.is_dir():
+        found = sorted(path for path in config.file.iterdir() if path.suffix.lower() in IMAGES)
+    if not found:
+        raise Refused(f"FILE={config.file} holds no images; known are {', '.join(sorted(IMAGES))}")
+    return [[str(path) for path in found]]
 
 
 def _new(config: Predict, show: Show, found: Run, columns: list[list[str]], head: Head, device: torch.device) -> np.ndarray:
