@@ -56,7 +56,7 @@ catalog: install ## caches and runs under STORE
 	@$(BIN)/readcache catalog $(call options,STORE)
 
 bench: install ## the tables of the README: WHAT=glue or recipes, DATA STORE TOKENS EPOCHS …
-	@$(BIN)/readcache bench $(WHAT) $(call options,$(INPUTS) $(TRAIN) ONLY)
+	@$(BIN)/readcache bench $(WHAT) $(call options,$(INPUTS) $(TRAIN) ONLY SEEDS)
 
 test: $(VENV)/.stamp-dev ## all tests, offline, on the CPU: ARGS="-k store"
 	@$(BIN)/python -m pytest $(ARGS)

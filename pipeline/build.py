@@ -12,7 +12,7 @@ from pipeline.recipe import Recipe
 from stages import images, inputs, selection, texts, words
 from stages.anatomy import Anatomy
 from stages.images import Images, Processor
-from stages.kinds import KINDS
+from stages.kinds import KINDS, article
 from stages.sources import Checkpoint
 from stages.tasks import Task
 from stages.texts import Tokens
@@ -48,13 +48,19 @@ class Build(NamedTuple):
 
 def open_reading(config: Inputs, task: Task, checkpoint: Checkpoint, anatomy: Anatomy, processor: Processor | None) -> Reading:
     """Tokenizer, label words and prompt, checked. Raises Refused for what does not fit the backbone or the task."""
+    if config.words and not KINDS[anatomy.kind].speaks:
+        raise Refused(
+            f"WORDS={config.words} needs a backbone with an output embedding; {config.backbone} is {article(anatomy.kind)}"
+        )
     if anatomy.kind == "image":
+        if config.prompt is not None:
+            raise Refused(f"PROMPT={config.prompt!r} is for texts, and {config.backbone} reads images; leave it out")
         return Reading(None, processor, None)
     tokenizer = texts.tokenizer(checkpoint)
     asked = recipe.template(config, task, anatomy.kind)
     if isinstance(asked, str):
         texts.check_prompt(asked, task.text)
-    if config.words and KINDS[anatomy.kind].speaks:
+    if config.words:
         words.token_ids(tokenizer, recipe.words(config, task))  # what the user asks for by name is refused at once
     longest = min(anatomy.longest, tokenizer.model_max_length)
     least = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2) + len(task.text)

@@ -8,10 +8,11 @@ import torch
 
 from pipeline.config import Train
 from pipeline.opening import Opened, label_words
+from pipeline.recipe import words
 from stages.evaluate import say, score
 from stages.heads import Head
 from stages.loader import Loader
-from stages.shape import Shape, build
+from stages.shape import Shape, build, count
 from stages.tasks import labelled
 from stages.train import Schedule, Trained, hold_out, train
 from store.errors import Refused
@@ -50,10 +51,10 @@ def loaders(config: Train, opened: Opened, seed: int, streams: list[str], device
     return Loaders(load(task.train, fit, config.batch), load(task.train, choose, EVALUATION_BATCH), scored)
 
 
-def fresh(opened: Opened, shape: Shape, fit: Loader, seed: int) -> Head:
+def fresh(config: Train, opened: Opened, shape: Shape, fit: Loader, seed: int) -> Head:
     """An untrained head on the loader's device, its weights from the seed."""
     torch.manual_seed(seed)
-    head = build(shape, label_words(opened, shape))
+    head = build(shape, label_words(opened, shape, words(config, opened.task)))
     if head.regression:
         head.standardise(opened.labels[opened.task.train][fit.examples])
     return head.to(fit.device)
@@ -68,7 +69,10 @@ def schedule(config: Train, seed: int) -> Schedule:
 def fit(
     head: Head, opened: Opened, loaded: Loaders, plan: Schedule, told: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> Fitted:
-    """Train a head, keep its best epoch, score it."""
-    outcome = train(head, opened.task, loaded.fit, loaded.choose, plan, told)
-    head.load_state_dict(outcome.weights)
+    """Train a head, keep its best epoch, score it. One without parameters (label words on the final state) is scored as it is."""
+    if count(head):
+        outcome = train(head, opened.task, loaded.fit, loaded.choose, plan, told)
+        head.load_state_dict(outcome.weights)
+    else:
+        outcome = Trained(0, {}, [])
     return Fitted(head, outcome, {s: score(opened.task, say(head, loader)) for s, loader in loaded.scored.items()})

@@ -101,6 +101,6 @@ def _goes_with(found: Found, picked: Found) -> bool:
 def _describe(found: Found) -> str:
     about, made = found.manifest.about, found.manifest.recipe
     told: dict[str, Any] = {"tokens": made["tokens"], "layers": made["layers"], "codec": made["codec"]}
-    told |= {"max_length": made["max_length"], "limit": made["limit"], "order_seed": made["order_seed"]}
+    told |= {"max_length": made.get("max_length"), "limit": made["limit"], "order_seed": made["order_seed"]}
     choices = " ".join(f"{name}={value}" for name, value in told.items() if value is not None)
     return f"{found.manifest.fingerprint[:12]} {about['task']}/{about['split']} on {about['backbone']} {choices}"

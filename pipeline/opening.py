@@ -115,7 +115,7 @@ def _extract(config: Train, task: Task, show: Show) -> dict[str, Path]:
     asked = Extract.part_of(config, ",".join((task.train, *task.evaluation)))
     if config.head == "verbalizer":
         asked = asked.model_copy(update={"words": ",".join(words(config, task))})  # they must be there, then
-    made = extract.run(asked, show, lambda recipe: shape_of(config, task, recipe) and None)["splits"]
+    made = extract.run(asked, show, checked=lambda recipe: shape_of(config, task, recipe))["splits"]
     return {split: config.store / "caches" / said["fingerprint"] for split, said in made.items()}
 
 
@@ -134,16 +134,19 @@ def _labelled(task: Task, caches: dict[str, Cache], unchecked: list[str], show: 
     return Opened(task, caches, labels, unlabelled, unchecked)
 
 
-def label_words(opened: Opened, shape: Shape) -> torch.Tensor | None:
-    """The label words' rows (K, D) for a verbalizer. Raises Refused where the cache carries none that fit."""
+def label_words(opened: Opened, shape: Shape, asked: tuple[str, ...]) -> torch.Tensor | None:
+    """The label words' rows (K, D) for a verbalizer. Raises Refused where the cache carries not those that are asked for."""
     if shape.head != "verbalizer":
         return None
     cache = opened.caches[opened.task.train]
+    held = cache.manifest.recipe.get("words", [])
+    name = f"cache {cache.fingerprint[:12]}"
+    if held != list(asked):
+        raise Refused(f"{name} has the label words {', '.join(held) or '(none)'}, not {', '.join(asked)}; leave CACHE out")
     if cache.words is None:
-        asked = ", ".join(cache.manifest.recipe.get("words", []))
         raise Refused(
-            f"cache {cache.fingerprint[:12]} carries no label words: {asked or 'none were asked for'}: of several tokens, or the "
-            f"checkpoint has no output embedding; give WORDS=a,b in the order of the classes"
+            f"{name} carries no rows for the label words {', '.join(asked)}: one of them is several tokens or not in the "
+            f"vocabulary, or the checkpoint has no output embedding; give WORDS=a,b in the order of the classes"
         )
     if len(cache.words) != shape.outputs:
         raise Refused(f"{len(cache.words)} label words for the {shape.outputs} classes {', '.join(opened.task.classes or ())}")

@@ -22,6 +22,9 @@ from store.errors import Refused
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
+MOST_BEFORE = 16
+"""tokens before an image's patches: class, distillation, registers"""
+
 
 class Stream(NamedTuple):
     """One run of blocks."""
@@ -104,8 +107,8 @@ def describe(path: Path, name: str, pixels: tuple[int, ...] | None = None) -> An
                 model = AutoModel.from_config(config, attn_implementation=attention).eval()  # type: ignore[no-untyped-call]
                 calls, last = _trace(model, _example(kind, masked, start, pixels))
             break
-        except (RuntimeError, NotImplementedError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
     else:
         plain = "images" if kind == "image" else "plain input_ids"
         raise Refused(f"backbone {name} ({config.model_type}) does not run on {plain}: {reason}")
@@ -120,6 +123,11 @@ def describe(path: Path, name: str, pixels: tuple[int, ...] | None = None) -> An
     chosen = attention or config._attn_implementation or "eager"
     longest = tokens if kind == "image" else _longest(model, config)
     prefix = tokens - _patches(config, pixels) if kind == "image" and pixels else 0
+    if not 0 <= prefix <= MOST_BEFORE:
+        raise Refused(
+            f"backbone {name} ({config.model_type}) gives {tokens} tokens for {tokens - prefix} patches: more than a class "
+            f"token and a few registers; choose another"
+        )
     return Anatomy(kind, streams, widths.pop(), longest, chosen, config, start, pixels, prefix)
 
 

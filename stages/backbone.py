@@ -32,7 +32,21 @@ class Captured(NamedTuple):
 
 def _close(one: Tensor, two: Tensor) -> bool:
     """Equal but for rounding in another order."""
-    return bool((one - two).abs().max() <= 1e-4 * one.abs().max())
+    return one.shape == two.shape and bool((one - two).abs().max() <= 1e-4 * one.abs().max())
+
+
+def _to_the_left(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Padding to the right: models count positions from the first column, not from the first real token."""
+    if "attention_mask" not in inputs:
+        return inputs
+    mask = inputs["attention_mask"]  # (B, T)
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    return {name: value.gather(1, order) if value.shape == mask.shape else value for name, value in inputs.items()}
+
+
+def _needless(model: nn.Module, weight: str) -> bool:
+    """Whether a weight may be missing: no state comes from a pooler, and sinusoids are computed (Marian leaves them out)."""
+    return "pooler" in weight or "Sinusoidal" in type(model.get_submodule(weight.rpartition(".")[0])).__name__
 
 
 class Backbone:
@@ -53,7 +67,7 @@ class Backbone:
         except Exception as error:  # torch, safetensors and transformers have each their own
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise Refused(f"backbone {path}: its weights do not load into its config.json ({reason}); get it again") from None
-        missing = sorted(name for name in told["missing_keys"] if "pooler" not in name)  # no state comes from a pooler
+        missing = sorted(name for name in told["missing_keys"] if not _needless(model, name))
         if missing:
             raise Refused(
                 f"backbone {path}: {len(missing)} of its weights are not in the checkpoint ({', '.join(missing[:3])}, …): "
@@ -83,7 +97,9 @@ class Backbone:
             mask = (torch.arange(6) < 3).long()[None]
             whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             short = {name: value[:, :3] for name, value in whole.items()}
-            padded, kept = {"input_ids": ids.where(mask.bool(), pad), "attention_mask": mask}, (slice(None), slice(0, 3))
+            beside = {"input_ids": ids.where(mask.bool(), pad), "attention_mask": mask}
+            padded = {name: torch.cat([value, whole[name]]) for name, value in beside.items()}  # (2, 6)
+            kept = (slice(0, 1), slice(0, 3))
         names = self.anatomy.states("all", "all")
         seen = self.hidden_states(whole, names).states
         for stream, own in self._own(whole).items():
@@ -92,34 +108,35 @@ class Backbone:
             aligned = [all(map(_close, ours[:depth], own)) for ours in (seen[stream], seen[stream][1:])]
             if len(own) != depth + 1 or not any(aligned):
                 raise Refused(f"backbone {path}: the outputs of its {blocks} are not its hidden states; choose another")
-        alone, beside = (self.hidden_states(batch, names).states for batch in (short, padded))
-        if not all(_close(one, two[kept]) for stream in alone for one, two in zip(alone[stream], beside[stream], strict=True)):
-            what = "a batch changes its images" if self.anatomy.kind == "image" else "padding reaches its real tokens in spite of"
-            raise Refused(f"backbone {path}: {what}{'' if self.anatomy.kind == 'image' else ' the mask'}; choose another")
+        alone, among = (self.hidden_states(batch, names).states for batch in (short, padded))
+        if not all(_close(one, two[kept]) for stream in alone for one, two in zip(alone[stream], among[stream], strict=True)):
+            what = "a batch changes its images" if self.anatomy.kind == "image" else "padding or a batch reaches its real tokens"
+            raise Refused(f"backbone {path}: {what}; choose another")
 
     def _own(self, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
         """The hidden states that the model itself reports, by stream."""
         with torch.inference_mode():
-            out = self.model(**self._call(inputs), output_hidden_states=True)
+            out = self.model(**self._call(inputs, False), output_hidden_states=True)
         if self.anatomy.kind == "encoder-decoder":
             return {"encoder": out.encoder_hidden_states or (), "decoder": out.decoder_hidden_states or ()}
         return {next(iter(self.anatomy.streams)): out.hidden_states or ()}
 
-    def _call(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    def _call(self, inputs: dict[str, Tensor], attentions: bool) -> dict[str, Any]:
         """The arguments of one pass: inputs on the device; a decoder begins with its start token, and keeps no cache."""
-        moved: dict[str, Any] = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
+        moved: dict[str, Any] = {n: value.to(self.device, non_blocking=True) for n, value in _to_the_left(inputs).items()}
         if self.anatomy.start is not None:
             start = moved["input_ids"].new_full((len(moved["input_ids"]), 1), self.anatomy.start)  # (B, 1)
-            moved |= {"decoder_input_ids": start, "output_attentions": True}
+            moved |= {"decoder_input_ids": start, "output_attentions": attentions}
         return moved | ({"use_cache": False} if "decoder" in self.anatomy.streams else {})
 
     def hidden_states(self, inputs: dict[str, Tensor], states: dict[str, list[str]]) -> Captured:
-        """One forward pass: of each stream the states that are named.
+        """One forward pass: of each stream the states that are named, padding to the right.
 
-        inputs: input_ids and attention_mask (B, T), token_type_ids where the tokenizer gives them; or pixel_values
-        (B, channels, height, width); on any device.
+        inputs: input_ids and attention_mask (B, T), padded on either side, token_type_ids where the tokenizer gives them; or
+        pixel_values (B, channels, height, width); on any device.
         """
-        arguments = self._call(inputs)
+        both = "encoder" in states and "decoder" in states
+        arguments = self._call(inputs, both)
         # hooks belong to the module, not to the caller: one pass at a time, also where a worker has several threads
         with self._one_at_a_time, torch.inference_mode(), ExitStack() as hooks:
             seen = {stream: hooks.enter_context(self._captured(stream)) for stream in states}
@@ -132,7 +149,7 @@ class Backbone:
             by_name |= {f"block.{number}": state for number, state in enumerate(seen[stream]) if number}
             found[stream] = [by_name[name] for name in names]
         attention = None
-        if "encoder" in states and "decoder" in states:
+        if both:
             kept = [int(name.removeprefix("block.")) - 1 for name in states["decoder"] if name.startswith("block.")]
             with torch.inference_mode():
                 attention = torch.stack([out.cross_attentions[block].mean(1)[:, 0] for block in kept], 2)  # (B, T, L)

@@ -22,24 +22,30 @@ class Final(nn.Module):
 
 
 class Mean(nn.Module):
-    """The mean of all block outputs."""
+    """mean_l RMSNorm(h_l): normed as READ's inputs are, or the last blocks of a pre-norm model would drown the others."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
 
     def forward(self, rows: Tensor, depths: Depths) -> Tensor:
         """rows: (r, S, D) -> (r, D)."""
-        return rows[:, depths.blocks].mean(1)
+        mixed: Tensor = self.norm(rows[:, depths.blocks]).mean(1)
+        return mixed
 
 
 class ScalarMix(nn.Module):
-    """γ · Σ_l softmax(w)_l h_l over the embedding and all blocks (Peters et al., arXiv 1802.05365): L + 2 parameters."""
+    """γ · Σ_l softmax(w)_l RMSNorm(h_l) over the embedding and all blocks (Peters et al., arXiv 1802.05365)."""
 
-    def __init__(self, depths: Depths) -> None:
+    def __init__(self, width: int, depths: Depths) -> None:
         super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
         self.weights = nn.Parameter(torch.zeros(len(depths.every)))
         self.gamma = nn.Parameter(torch.ones(()))
 
     def forward(self, rows: Tensor, depths: Depths) -> Tensor:
         """rows: (r, S, D) -> (r, D)."""
-        return self.gamma * torch.einsum("s,rsd->rd", self.weights.softmax(0), rows[:, depths.every])
+        return self.gamma * torch.einsum("s,rsd->rd", self.weights.softmax(0), self.norm(rows[:, depths.every]))
 
 
 class LayerAttention(nn.Module):
@@ -100,8 +106,8 @@ def build(control: str, width: int, depths: Depths, size: int) -> nn.Module:
     """A control that is not a READ. size: trainable parameters that it may have, those of READ."""
     made: dict[str, Callable[[], nn.Module]] = {
         "final": Final,
-        "mean": Mean,
-        "scalar": lambda: ScalarMix(depths),
+        "mean": lambda: Mean(width),
+        "scalar": lambda: ScalarMix(width, depths),
         # m(3D + 3) + 2D, and m(LD + D + 1) + 2D parameters
         "attention": lambda: LayerAttention(width, max(1, (size - 2 * width) // (3 * width + 3))),
         "concatenated": lambda: Concatenated(width, max(1, (size - 2 * width) // (width * (len(depths.blocks) + 1) + 1)), depths),

@@ -103,7 +103,7 @@ def _dataset(task: Task, source: Source, split: str, where: str) -> datasets.Dat
     if source.kind == "hub":
         return _hub(task, source, split)
     files = [str(path) for path in source.files[split]]
-    if Path(files[0]).suffix in IMAGES:
+    if Path(files[0]).suffix.lower() in IMAGES:
         return _folder(files)
     reader = READERS[Path(files[0]).suffix]
     # text such as "NA" and "null" is text
@@ -209,6 +209,9 @@ def _without_empty(column: pa.Array, csv: bool) -> pa.Array:
 def _content(dataset: datasets.Dataset) -> str:
     """sha256 of every row as JSON: the digest of data that came through the hub, whatever its files were."""
     digest = hashlib.sha256(json.dumps(sorted(dataset.column_names)).encode())
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))  # its file's bytes
     for begin in range(0, len(dataset), BLOCK):
         digest.update(json.dumps(dataset[begin : begin + BLOCK], sort_keys=True, default=str).encode())
     return digest.hexdigest()

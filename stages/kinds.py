@@ -36,7 +36,7 @@ KINDS: dict[str, Kind] = {
     ),
     # the decoder is given its start token only: one row, which all poolings are; `last` keeps that row alone
     "encoder-decoder": Kind(
-        "T5, BART, mBART, Marian, …", "text", ("encoder", "decoder"), {"all": ("last",), "last": ("last",)}, speaks=True
+        "T5, BART, mBART, …", "text", ("encoder", "decoder"), {"all": ("last",), "last": ("last",)}, speaks=True
     ),
     "image": Kind(
         "ViT, DeiT, DINOv2, BEiT, CLIP's and SigLIP's vision tower, …",

@@ -43,8 +43,12 @@ class Shape:
 
     def __post_init__(self) -> None:
         check_names(self.cell, self.control)
-        depths = self.depths
-        if self.initial == "embedding" and depths.embedding is None:
+        for stream, states in self.states.items():
+            try:
+                Depths.of(states, self.layers)
+            except Refused as error:
+                raise Refused(f"{error} in the {stream} stream") from None
+        if self.initial == "embedding" and self.depths.embedding is None:
             raise Refused("read.initial=embedding needs the `embedding` state, which the cache does not have; add 0 to LAYERS")
         if self.head == "verbalizer" and self.outputs == 1:
             raise Refused("HEAD=verbalizer answers with label words, and regression has none; leave HEAD out")
@@ -72,7 +76,7 @@ def build(shape: Shape, words: torch.Tensor | None = None) -> Head:
     """A fresh head of that shape. words: (K, D) of a verbalizer; zeros where they are still to be loaded."""
     depths = shape.depths
     if shape.control == "shuffled":
-        depths = depths._replace(blocks=[depths.blocks[place] for place in shuffled(len(depths.blocks), 0)])
+        depths = depths._replace(blocks=_mixed(depths.blocks))
     read = _reader(shape, depths)
     if shape.head == "verbalizer":
         output: nn.Module = Verbalizer(torch.zeros(shape.outputs, shape.width) if words is None else words)
@@ -99,6 +103,12 @@ def _reader(shape: Shape, depths: Depths) -> nn.Module:
         return read(0)
     encoder = Recurrence(shape.width, shape.hidden, shape.cell, shape.initial, shape.scale_in, shape.bidirectional)
     return Joined(encoder, read(beside), Depths.of(next(iter(shape.states.values())), shape.layers))
+
+
+def _mixed(blocks: list[int]) -> list[int]:
+    """The blocks in a fixed order that is not their own, where there is one."""
+    orders = ([blocks[place] for place in shuffled(len(blocks), seed)] for seed in range(100))
+    return next((order for order in orders if order != blocks), blocks)
 
 
 def count(module: nn.Module) -> int:

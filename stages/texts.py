@@ -84,14 +84,17 @@ def tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 def check_prompt(prompt: str, columns: tuple[str, ...]) -> None:
     """Refuse a prompt that names no input column, or something else."""
     try:
-        named = [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
+        fields = [part[1:] for part in Formatter().parse(prompt) if part[1] is not None]
     except ValueError as error:
         raise Refused(
             f"prompt {prompt!r} does not read ({error}); {{column}} stands for a text, {{{{ and }}}} for braces"
         ) from None
-    strange = [name for name in named if name not in columns]
-    if strange or not named:
-        what = f"names {strange[0]!r}" if strange else "names no column"
+    strange = [name for name, _, _ in fields if name not in columns]
+    changed = [name for name, form, change in fields if form or change]
+    if strange or changed or not fields:
+        what = (
+            f"names {strange[0]!r}" if strange else f"does more to {changed[0]!r} than name it" if changed else "names no column"
+        )
         raise Refused(f"prompt {prompt!r} {what}; it may name {', '.join('{' + column + '}' for column in columns)}")
 
 
@@ -132,7 +135,6 @@ def _texts(rows: dict[str, list[str]], template: Template) -> list[list[str]]:
     """What the tokenizer is given: a list of texts, or two for pairs."""
     if not isinstance(template, str):
         return [list(rows[column]) for column in template]
-    columns = [name for _, name, _, _ in Formatter().parse(template) if name]
-    return [
-        [template.format(**dict(zip(columns, texts, strict=True))) for texts in zip(*(rows[c] for c in columns), strict=True)]
-    ]
+    parts = [(literal, name) for literal, name, _, _ in Formatter().parse(template)]
+    count = len(next(iter(rows.values())))
+    return [["".join(literal + (rows[name][row] if name else "") for literal, name in parts) for row in range(count)]]

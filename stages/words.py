@@ -37,8 +37,9 @@ _CHOOSE = "choose words of one token each: WORDS=yes,no, or `words:` in the task
 def rows(path: Path, anatomy: Anatomy, ids: list[int]) -> np.ndarray | None:
     """The rows of the frozen output embedding (K, D) float32, times the factor that the model puts before its logits.
 
-    A model may scale its last state before the output embedding (T5 by D^-1/2 where the two embeddings are tied). None
-    where the checkpoint has no output embedding.
+    A model may scale its last state before the output embedding (T5 by D^-1/2 where the two embeddings are tied). Its bias and
+    its soft cap on logits are left out: the verbalizer is h' · E[words]. None where the checkpoint has no output embedding,
+    or where the model's logits are no such product.
     """
     auto = AutoModelForSeq2SeqLM if anatomy.kind == "encoder-decoder" else AutoModelForCausalLM
     opened: Any = auto.from_pretrained(
@@ -47,13 +48,21 @@ def rows(path: Path, anatomy: Anatomy, ids: list[int]) -> np.ndarray | None:
     model, told = opened
     if told["missing_keys"]:
         return None
-    embedding = model.eval().get_output_embeddings().weight[ids].detach()  # (K, D)
+    if hasattr(model.config, "final_logit_softcapping"):
+        model.config.final_logit_softcapping = None
+    output = model.eval().get_output_embeddings()
+    embedding = output.weight[ids].detach()  # (K, D)
+    biases = [
+        bias.detach().reshape(-1)[ids] for bias in (output.bias, getattr(model, "final_logits_bias", None)) if bias is not None
+    ]
     sample = torch.arange(4, 10)[None]  # (1, 6)
     more = {"decoder_input_ids": torch.tensor([[anatomy.start]])} if anatomy.start is not None else {}
     with torch.inference_mode():
         out = model(input_ids=sample, **more, output_hidden_states=True)
     final = out.get("decoder_hidden_states", out.get("hidden_states"))[-1][0]  # (T, D): after the last norm
-    own, plain = out.logits[0][:, ids], final @ embedding.T  # (T, K)
+    own, plain = out.logits[0][:, ids] - sum(biases), final @ embedding.T  # (T, K)
     factor = float((own * plain).sum() / (plain * plain).sum())
+    if not torch.allclose(own, factor * plain, rtol=1e-3, atol=1e-3 * float(own.abs().max())):
+        return None
     found: np.ndarray = (embedding * float(f"{factor:.6g}")).numpy()
     return found

@@ -8,11 +8,14 @@ import pytest
 import torch
 from families import KINDS_OF
 
-from stages import extract
+import store
+from stages import extract, selection
 from stages.attach import attach
-from stages.heads import Batch
 from stages.kinds import KINDS, main_stream, pool_of
+from stages.loader import Loader
 from stages.shape import Shape, build
+from store import files, layout, manifest, writer
+from store.fingerprint import fingerprint
 
 ARCHITECTURES = ["bert", "modernbert", "gpt2", "llama", "t5", "bart", "vit", "dinov2"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -44,26 +47,42 @@ def head_of(backbone, rule, joiner=True, **more):
     return head, states
 
 
-def cached(backbone, examples, batch, states, rule, labels):
-    """The batch that a loader makes of a chunk: rows of these examples, wherever they went through the backbone."""
-    data = {path: torch.from_numpy(v) for path, v in extract.chunk(backbone, examples, range(24), states, rule, "fp32").items()}
-    main = main_stream(backbone.anatomy.kind, rule)
-    main = main if main in states else "decoder"
-    ragged = main == main_stream(backbone.anatomy.kind, rule) and rule == "all"
-    lengths = torch.from_numpy(examples.lengths if ragged else np.ones(24, int))
-    begin = lengths.cumsum(0) - lengths
-    taken = torch.cat([torch.arange(begin[n], begin[n] + lengths[n]) for n in batch])
-    own = lengths[batch]
-    both = len(states) > 1
-    return Batch(
-        rows=data[f"{main}/values"][taken],
-        example=torch.arange(len(batch)).repeat_interleave(own),
-        start=own.cumsum(0) - own,
-        labels=labels,
-        place=torch.tensor(batch),
-        decoder=data["decoder/values"][batch] if both else None,
-        attention=data["encoder/cross_attention"][taken] if both else None,
-    )
+def cached(root, backbone, examples, rule, labels):
+    """The 24 examples through a real cache of several chunks: a function from examples to the batch that its loader gives."""
+    kind = backbone.anatomy.kind
+    states = backbone.anatomy.states("all", rule)
+    main, *beside = states
+    kept = selection.kept(examples.lengths, rule) if main == main_stream(kind, rule) else np.ones(24, int)
+    place = layout.place(kept, 1, max(int(kept.max()), int(kept.sum()) // 4))
+    assert place.chunks > 2
+    arrays = layout.state_arrays(main, "fp32", place, states[main], 16)
+    tables = {"examples/start": place.start, "examples/length": kept.astype(np.int64)}
+    if beside:
+        single = layout.one_each(place)
+        arrays |= layout.state_arrays("decoder", "fp32", single, states["decoder"], 16)
+        arrays[layout.CROSS_ATTENTION] = layout.attention_array(place, 2)
+        tables["examples/decoder_row"] = single.start
+    arrays |= {path: layout.flat_array(values) for path, values in tables.items()}
+    recipe = {"codec": "fp32", "test": f"{root.name}"}
+    with writer.building(root, fingerprint(recipe)) as folder:
+        for number in range(place.chunks):
+            part = range(place.first[number], place.first[number + 1])
+            writer.write_chunk(folder, number, extract.chunk(backbone, examples, part, states, rule, "fp32"), arrays)
+        objects = {path: r for n in range(place.chunks) for path, r in writer.finished(folder, n).items()}
+        for path, values in tables.items():
+            objects |= writer.write_table(folder, path, values, arrays[path])
+        for path, text in layout.metadata(arrays, {}).items():
+            objects[path] = files.write(folder / "cache" / path, text)
+        published = writer.publish(root, folder, manifest.Manifest(recipe, {}, {"examples": 24}, objects))
+    cache = store.open(published)
+
+    def batch(chosen, streams):
+        loader = Loader(cache, np.array(chosen), labels.numpy(), 99, torch.device("cpu"), streams)
+        found = next(loader.in_order())
+        assert found.place.tolist() == sorted(chosen)
+        return found
+
+    return batch
 
 
 CASES = [
@@ -75,13 +94,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "rule", "joiner"), CASES)
-def test_training_from_the_cache_is_training_in_the_loop(opened, name, rule, joiner):
+def test_training_from_the_cache_is_training_in_the_loop(tmp_path, opened, name, rule, joiner):
     backbone, examples = opened(name)
     here, states = head_of(backbone, rule, joiner)
     there = copy.deepcopy(here)
-    batches = [torch.randperm(24, generator=torch.Generator().manual_seed(n))[:6].tolist() for n in range(4)]
+    batches = [sorted(torch.randperm(24, generator=torch.Generator().manual_seed(n))[:6].tolist()) for n in range(4)]
     labels = torch.arange(24) % 3
-    held = [cached(backbone, examples, batch, states, rule, labels[batch]) for batch in batches]
+    read = cached(tmp_path, backbone, examples, rule, labels)
+    held = [read(batch, list(states)) for batch in batches]
     loop = attach(backbone, there, states, rule)
     assert {id(p) for p in loop.parameters()} == {id(p) for p in there.parameters()}
     optimisers = [torch.optim.AdamW(head.parameters(), lr=3e-3) for head in (here, there)]
@@ -111,13 +131,24 @@ def test_training_from_the_cache_is_training_in_the_loop(opened, name, rule, joi
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_a_verbalizer_too_and_it_trains_nothing_but_read(opened, name):
+def test_a_verbalizer_too_and_it_trains_nothing_but_read(tmp_path, opened, name):
     backbone, examples = opened(name)
     head, states = head_of(backbone, "last", head="verbalizer")
-    batch = [3, 1, 7]
-    loss = head.loss(cached(backbone, examples, batch, states, "last", torch.tensor([0, 2, 1])))
-    live = attach(backbone, head, states, "last").loss(examples.collate(np.array(batch)), torch.tensor([0, 2, 1]))
+    labels = torch.arange(24) % 3
+    loss = head.loss(cached(tmp_path, backbone, examples, "last", labels)([1, 3, 7], list(states)))
+    live = attach(backbone, head, states, "last").loss(examples.collate(np.array([1, 3, 7])), labels[[1, 3, 7]])
     torch.testing.assert_close(loss, live, **CLOSE)
+    assert all(key.startswith("read.") for key, _ in head.named_parameters())
+
+
+def test_in_the_loop_a_text_padded_on_the_left_is_the_same_text(opened):
+    backbone, examples = opened("gpt2")
+    head, states = head_of(backbone, "last")
+    loop = attach(backbone, head.eval(), states, "last")
+    right = examples.collate(np.arange(6))
+    lengths = right["attention_mask"].sum(1).tolist()
+    left = {key: torch.stack([row.roll(len(row) - n) for row, n in zip(v, lengths, strict=True)]) for key, v in right.items()}
+    torch.testing.assert_close(loop(left), loop(right), **CLOSE)
 
 
 def test_in_the_loop_states_can_go_through_the_caches_codec(opened):

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 def own_states(backbone, batch):
     """What the model itself reports: by stream, and its last hidden state."""
-    out = backbone.model(**backbone._call(batch), output_hidden_states=True)
+    out = backbone.model(**backbone._call(batch, False), output_hidden_states=True)
     if backbone.anatomy.kind == "encoder-decoder":
         return {
             "encoder": (out.encoder_hidden_states, out.encoder_last_hidden_state),
@@ -82,7 +82,7 @@ def test_a_batch_gives_the_rows_of_each_example_alone(folder, name):
     assert begin == {path: len(rows) for path, rows in found.items()}
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "llama", "gpt_neox", "t5"])
+@pytest.mark.parametrize("name", [name for name, kind in KINDS_OF.items() if kind != "image"])
 def test_left_and_right_padding_give_the_same_rows(folder, name):
     backbone, states = families.opened(folder(name))
     right = families.examples(folder(name), name).collate(np.arange(6))
@@ -90,15 +90,13 @@ def test_left_and_right_padding_give_the_same_rows(folder, name):
     assert len(set(lengths.tolist())) > 1
     left = {k: torch.stack([row.roll(int(len(row) - n)) for row, n in zip(v, lengths, strict=True)]) for k, v in right.items()}
     kind = KINDS_OF[name]
-    for batch in (left, right):  # positions count from the first real token on both sides; T5's are relative
-        if kind != "encoder-decoder":
-            batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
     for rule in KINDS[kind].tokens:
         rows = []
         for batch in (left, right):
             captured = backbone.hidden_states(batch, states)
             stream = main_stream(kind, rule)
             rows.append(select(captured.states[stream], captured.mask[stream], rule))
+            assert torch.equal(captured.mask[next(iter(states))].sum(1), lengths)
         torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-5)
 
 
@@ -144,7 +142,8 @@ def test_the_backbone_is_frozen(folder):
     ("config", "said"),
     [
         (transformers.XLMConfig(emb_dim=16, n_layers=3, n_heads=2, vocab_size=30, n_words=30), "are not its hidden states"),
-        (transformers.FNetConfig(hidden_size=16, num_hidden_layers=3, intermediate_size=32, vocab_size=30), "padding reaches"),
+        (transformers.FNetConfig(hidden_size=16, num_hidden_layers=3, intermediate_size=32, vocab_size=30), "padding or a batch"),
+        (transformers.LongformerConfig(**families.SMALL, attention_window=4), "are not its hidden states"),
     ],
 )
 def test_a_model_whose_states_would_not_be_what_they_are_called_is_refused(tmp_path, config, said):
@@ -219,3 +218,17 @@ def test_a_clip_checkpoint_gives_its_vision_tower(folder):
     seen = backbone.hidden_states(batch, {"image": ["embedding", "block.3"]}).states["image"]
     assert torch.equal(seen[0], own[0]) and torch.equal(seen[1], own[3])
     assert describe(folder("siglip_vision_model"), "s", (3, 16, 16)).prefix == 0
+
+
+def test_sinusoids_that_a_checkpoint_leaves_out_are_computed(folder):
+    """Marian's: they are no weights that could be missing."""
+    path = folder("marian")
+    backbone, states = families.opened(path)
+    batch = families.examples(path, "marian").collate(np.arange(3))
+    seen = backbone.hidden_states(batch, states).states["encoder"][0][0]  # (T, D)
+    own = families.SPEAKING["marian"].from_pretrained(path).eval()
+    with torch.inference_mode():
+        theirs = own(**batch, decoder_input_ids=torch.ones(3, 1, dtype=torch.long), output_hidden_states=True)
+    torch.testing.assert_close(seen, theirs.encoder_hidden_states[0][0])
+    table = backbone.model.encoder.embed_positions.weight
+    torch.testing.assert_close(table[:, 0], torch.sin(torch.arange(64.0)))

@@ -67,16 +67,18 @@ def test_shuffled_layers_are_shuffled_and_always_the_same_way():
     states = ["embedding", *(f"block.{n}" for n in range(1, 13))]
     made = [build(Shape(D, {"encoder": states}, 2, "first", control="shuffled")).depths.blocks for _ in range(2)]
     assert made[0] == made[1] != sorted(made[0]) == list(range(1, 13))
+    assert build(Shape(D, {"encoder": states[:3]}, 2, "first", control="shuffled")).depths.blocks == [2, 1]
 
 
 def test_what_they_compute():
     rows = torch.randn(4, 5, D)
     final, depths = reader("final")
     assert torch.equal(final(rows, depths), rows[:, 4])
-    assert torch.equal(reader("mean")[0](rows, depths), rows[:, 1:4].mean(1))
+    mean = reader("mean")[0]
+    torch.testing.assert_close(mean(rows, depths), sum(mean.norm(rows[:, n]) for n in (1, 2, 3)) / 3)
     mix = reader("scalar")[0]
     weights = torch.softmax(mix.weights, 0)
-    torch.testing.assert_close(mix(rows, depths), mix.gamma * sum(weights[n] * rows[:, n] for n in range(4)))
+    torch.testing.assert_close(mix(rows, depths), mix.gamma * sum(weights[n] * mix.norm(rows[:, n]) for n in range(4)))
     many = reader("attention")[0]
     expected = []
     for row in rows:
@@ -100,6 +102,8 @@ def test_what_a_head_cannot_be_is_refused_when_it_is_made():
     for more, said in (
         ({"cell": "gruu"}, "unknown cell 'gruu'; known: rnn, gru, lstm, mingru"),
         ({"control": "none"}, "unknown control 'none'; known: read, reset"),
+        ({"states": {"encoder": STATES, "decoder": STATES[:2]}, "layers": "2"}, "blocks 1 in the decoder stream"),
+        ({"states": {"encoder": STATES[:2], "decoder": STATES}, "layers": "2"}, "blocks 1 in the encoder stream"),
         ({"layers": "4"}, "layer 4 is out of range for read.layers=4: the cache has blocks 1, 2, 3"),
         ({"states": {"encoder": STATES[1:]}, "initial": "embedding"}, "needs the `embedding` state"),
         ({"outputs": 1, "head": "verbalizer"}, "regression has none"),

@@ -8,6 +8,7 @@ from PIL import Image
 from test_commands import FAST, call
 
 import store
+from stages import inputs, sources, tasks
 from stages.loader import Loader
 
 
@@ -176,6 +177,67 @@ def test_words_are_part_of_the_recipe_and_carried_by_the_cache(capfd, said):
     assert one.arrays["words/embedding"].attributes["words"] == ["bad", "good"]
 
 
+def test_a_chosen_cache_never_answers_with_other_words(capfd, said):
+    made = call(capfd, "extract", **said("gpt2", words="bad,good"))["splits"]["train"]["fingerprint"]
+    chosen = said("gpt2", words="dull,great", cache=made[:10], head="verbalizer")
+    error = call(capfd, "train", **chosen, **FAST, status=2)["error"]
+    assert "has the label words bad, good, not dull, great; leave CACHE out" in error
+
+
+def test_a_head_meets_in_use_what_it_met_in_training(capfd, said, monkeypatch):
+    from stages import attach
+
+    codecs = []
+    original = attach.attach
+    monkeypatch.setattr(attach, "attach", lambda *a: codecs.append((a[3], a[4])) or original(*a))
+    trained = call(capfd, "train", **said("gpt2"), **FAST)
+    call(capfd, "predict", run=trained["run"], store=said("gpt2")["store"], text="good film")
+    assert codecs == [("last", "bf16")]
+
+
+def test_a_class_is_part_of_the_content_whatever_the_ending(tmp_path, pictures):
+    import shutil
+
+    task = tasks.find(str(pictures))
+    folder = tmp_path / "shades"
+    shutil.copytree(pictures.parent, folder)
+    for path in sorted(folder.glob("train/dark/*.png"))[:2]:
+        path.rename(path.with_suffix(".PNG"))
+    own = tasks.find(str(folder / "shades.yaml"))
+    before = sources.data(own, None).digest("train")
+    assert before != sources.data(task, None).digest("train")
+    moved = folder / "train" / "light" / "moved.PNG"
+    next(folder.glob("train/dark/*.PNG")).rename(moved)
+    source = sources.data(own, None)
+    assert source.digest("train") != before
+    loaded = inputs.load(own, source, "train")
+    assert len(loaded.dataset) == 60 and loaded.columns["label"][0].sum() == 31
+
+
+def test_images_from_the_hub_are_known_by_their_bytes():
+    import datasets
+
+    def digest(value):
+        picture = Image.fromarray(np.full((4, 4, 3), value, np.uint8))
+        features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+        return inputs._content(datasets.Dataset.from_dict({"image": [picture], "label": [0]}, features=features))
+
+    assert digest(1) == digest(1) != digest(2)
+
+
+def test_where_a_folder_of_images_is_gone_names_decide(capfd, said, pictures, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(pictures.parent, tmp_path / "shades")
+    options = said("vit", task=folder / "shades.yaml", data=None)
+    call(capfd, "extract", **options)
+    shutil.rmtree(folder / "train")
+    told = call(capfd, "train", "--no-extract", **options, **FAST)
+    assert len(told["unchecked"]) == 1 and told["unchecked"][0].startswith("train of shades")
+    error = call(capfd, "train", **options, cache="zzz", status=2)["error"]
+    assert "CACHE=zzz names 0 caches" in error
+
+
 def test_a_cache_of_another_prompt_is_not_served(capfd, said):
     call(capfd, "extract", **said("gpt2"))
     error = call(capfd, "train", "--no-extract", **said("gpt2", prompt="{sentence} is"), status=2)["error"]
@@ -219,6 +281,8 @@ BAD = {
     ),
     "layer": ("t5", {"layers": "3"}, "layer 3 is out of range: this backbone has depths 0 (the embedding) … 2"),
     "layer of READ": ("gpt2", {"set": "read.layers=4"}, "layer 4 is out of range for read.layers=4"),
+    "prompt of an image": ("vit", {"task": "digits", "data": None, "prompt": "{image}?"}, "is for texts, and"),
+    "words of an encoder": ("bert", {"words": "good,bad"}, "WORDS=good,bad needs a backbone with an output embedding"),
     "joiner": ("t5", {"tokens": "last", "set": "read.joiner=attention"}, "needs an encoder-decoder and all its tokens"),
     "pool": ("gpt2", {"tokens": "all", "pool": "first"}, "pool 'first' does not go with tokens=all of a decoder backbone"),
 }
@@ -237,6 +301,24 @@ def test_bad_input_is_one_clear_line_before_any_work(capfd, said, monkeypatch, n
     assert not list(options["store"].glob("*/*/*"))
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("words: [good]", "1 label words (good) for the 2 classes 0, 1"),
+        ("words: [no, yes]", "YAML takes yes and no for truth values: quote them"),
+    ],
+)
+def test_words_of_a_tasks_own_file(capfd, said, reviews, tmp_path, monkeypatch, line, expected):
+    from stages import backbone
+
+    monkeypatch.setattr(backbone.Backbone, "__init__", lambda *a, **k: pytest.fail("the backbone was loaded"))
+    path = tmp_path / "own.yaml"
+    files = f"files: {{train: {reviews}/sst2/train.jsonl, validation: {reviews}/sst2/validation.jsonl}}"
+    path.write_text(f"{files}\ntext: sentence\nlabel: label\n{line}\n")
+    error = call(capfd, "train", **said("gpt2", task=path, data=None, head="verbalizer"), status=2)["error"]
+    assert expected in error
+
+
 def test_without_an_image_processor_it_says_so(capfd, said, pictures, tmp_path):
     import shutil
 
@@ -247,21 +329,57 @@ def test_without_an_image_processor_it_says_so(capfd, said, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
-def test_an_ablation_trains_every_control_from_the_same_cache(capfd, said, name):
+def test_an_ablation_trains_every_control_from_the_same_cache(capfd, said, name, monkeypatch):
+    from pipeline import fitting
+    from pipeline.commands.ablate import JOINED, UNTRAINED
     from stages.controls import CONTROLS
 
+    trained = []
+    fresh = fitting.fresh
+    monkeypatch.setattr(fitting, "fresh", lambda *a: trained.append((a[1], a[2], a[4])) or fresh(*a))
     told = call(capfd, "ablate", **said(name), **FAST | {"seeds": 2})
     rows = {row["name"]: row for row in told["rows"]}
-    assert set(rows) == {"linear probe on the final state", "READ on an untrained backbone", *CONTROLS.values()}
+    joined = [JOINED] if name == "t5" else []
+    assert list(rows) == ["linear probe on the final state", *joined, *CONTROLS.values(), UNTRAINED]
+    # each control is what its row says it is, on the same caches, seed by seed; the twin's are others
+    own = [(shape.control, seed) for _, shape, seed in trained]
+    assert own == [(c, seed) for c in [*(["read"] if joined else []), *CONTROLS, "read"] for seed in (0, 1)]
+    assert {opened.recipe["backbone"]["weights"] for opened, *_ in trained[:-2]} == {trained[0][0].recipe["backbone"]["weights"]}
+    assert trained[-1][0].recipe["backbone"]["weights"] != trained[0][0].recipe["backbone"]["weights"]
+    assert trained[-1][0].recipe["tokens"] == trained[0][0].recipe["tokens"]
     for row in rows.values():
         assert len(row["scores"]) == 2 and row["mean"] == pytest.approx(np.mean(row["scores"]))
         assert row["standard_deviation"] == pytest.approx(np.std(row["scores"], ddof=1))
-    if name == "bert":  # an encoder-decoder's READ is joined, its controls are not
-        assert rows["READ"]["parameters"] == rows[CONTROLS["reset"]]["parameters"] == rows[CONTROLS["shuffled"]]["parameters"]
+    assert rows["READ"]["parameters"] == rows[CONTROLS["reset"]]["parameters"] == rows[CONTROLS["shuffled"]]["parameters"]
     alone = call(capfd, "train", **said(name), **FAST, seed=1)
-    assert rows["READ"]["scores"][1] == alone["metrics"]["validation"]["accuracy"]  # the same training as `train` has
-    assert rows["READ"]["parameters"] == alone["trainable_parameters"]
+    mine = rows[JOINED if joined else "READ"]
+    assert mine["scores"][1] == alone["metrics"]["validation"]["accuracy"]  # the same training as `train` has
+    assert mine["parameters"] == alone["trainable_parameters"]
     assert told["sentence"].startswith("Recurrence ") and "(2 seeds, " in told["sentence"]
+
+
+def test_the_untrained_twin_has_the_shape_and_none_of_the_weights(backbones, tmp_path):
+    import transformers
+
+    from stages import sources, untrained
+
+    checkpoint = sources.checkpoint(str(backbones("bert")), local=True)
+    path = untrained.save(checkpoint, tmp_path)
+    assert untrained.save(checkpoint, tmp_path) == path
+    one, two = (dict(transformers.AutoModel.from_pretrained(p).named_parameters()) for p in (checkpoint.path, path))
+    assert {name: p.shape for name, p in one.items()} == {name: p.shape for name, p in two.items()}
+    assert not any((p == two[name]).all() for name, p in one.items() if p.ndim > 1)
+    twin = sources.checkpoint(str(path), local=True)
+    assert twin.tokenizer == checkpoint.tokenizer and twin.weights != checkpoint.weights
+
+
+def test_an_ablation_does_without_the_twin_where_it_cannot_be_and_scores_what_cannot_be_trained(capfd, said):
+    options = said("gpt2", words="bad,good")
+    call(capfd, "extract", **options)
+    told = call(capfd, "ablate", "--no-extract", **options, **FAST | {"seeds": 2, "head": "verbalizer"})
+    rows = {row["name"]: row for row in told["rows"]}
+    assert "READ on an untrained backbone" not in rows
+    assert rows["final state alone"]["parameters"] == 0 and len(set(rows["final state alone"]["scores"])) == 1
 
 
 def test_the_verdict_follows_the_scores():

@@ -48,6 +48,10 @@ def test_a_batch_is_padded_on_the_right_with_its_mask(tokenizer):
 
 def test_a_prompt_is_filled_in_and_cut_at_its_beginning(tokenizer):
     held = inputs.of_texts({"a": ["good {film}"], "b": ["bad"]})
+    dotted = inputs.of_texts({"a.b": ["good"], "c": ["bad"]})
+    assert (
+        texts.tokenize(tokenizer, dotted, "{{{c}: {a.b}", np.array([0]), 32).ids.tolist() == tokenizer("{bad: good")["input_ids"]
+    )
     whole = texts.tokenize(tokenizer, held, "{b} the {a} was", np.array([0]), 32)
     assert whole.ids.tolist() == tokenizer("bad the good {film} was")["input_ids"]
     short = texts.tokenize(tokenizer, held, "{b} the {a} was", np.array([0]), 5)
@@ -62,6 +66,9 @@ def test_a_prompt_is_filled_in_and_cut_at_its_beginning(tokenizer):
         ("{a", "does not read"),
         ("{a.b}", "names 'a.b'"),
         ("{}", "names ''"),
+        ("{a:d}", "does more to 'a' than name it"),
+        ("{a!r}", "does more to 'a' than name it"),
+        ("{a:{b}}", "does more to 'a' than name it"),
     ],
 )
 def test_a_prompt_that_cannot_be_filled_in_is_refused(prompt, said):

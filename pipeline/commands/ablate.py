@@ -15,9 +15,12 @@ from stages.controls import CONTROLS
 from stages.device import pick
 from stages.metrics import paired
 from stages.shape import Shape, count
+from store.errors import Refused
 
 SURE = 0.05
 """p below which a difference is called one"""
+JOINED = "READ, joined with the encoder's"
+UNTRAINED = "READ on an untrained backbone"
 
 
 class Row(NamedTuple):
@@ -34,14 +37,20 @@ def run(config: Ablate, show: Show) -> dict[str, Any]:
     """The command `ablate`."""
     task, device = check(config), pick(config.device)
     opened = open_caches(config, task, show)
+    # first, since it is what may have to be extracted
+    untrained = _untrained(config, opened, show)
     seeds = range(config.seed, config.seed + config.seeds)
-    rows = [_probe(config, opened, seeds, device)]
-    # only READ itself can be joined: a control reads the decoder's row alone
+    # a control reads the decoder's row alone: so does the READ that it is compared with
     apart = config.model_copy(update={"read": config.read.model_copy(update={"joiner": "none"})})
+    rows = [_probe(config, opened, seeds, device)]
+    joined = _shape(config, opened, "read")
+    if joined.joined:
+        rows.append(_row(JOINED, config, opened, joined, seeds, device, show))
     for control, name in CONTROLS.items():
-        shape = _shape(config if control == "read" else apart, opened, control)
-        rows.append(_row(name, config, opened, shape, seeds, device, show))
-    rows.append(_untrained(config, show, seeds, device))
+        rows.append(_row(name, apart, opened, _shape(apart, opened, control), seeds, device, show))
+    if untrained:
+        own, twin = untrained
+        rows.append(_row(UNTRAINED, own, twin, _shape(own, twin, "read"), seeds, device, show))
     metric, split = opened.task.metrics[0], opened.task.evaluation[0]
     show.table(
         ["", "parameters", f"{metric}, {split}", "standard deviation"],
@@ -89,7 +98,7 @@ def _row(name: str, config: Ablate, opened: Opened, shape: Shape, seeds: range, 
     scores, parameters = [], 0
     for seed in seeds:
         loaded = fitting.loaders(config, opened, seed, list(shape.states), device)
-        head = fitting.fresh(opened, shape, loaded.fit, seed)
+        head = fitting.fresh(config, opened, shape, loaded.fit, seed)
         parameters = count(head)
         fitted = fitting.fit(head, opened, loaded, fitting.schedule(config, seed))
         scores.append(_score(opened, fitted.metrics))
@@ -97,16 +106,24 @@ def _row(name: str, config: Ablate, opened: Opened, shape: Shape, seeds: range, 
     return Row(name, parameters, scores)
 
 
-def _untrained(config: Ablate, show: Show, seeds: range, device: torch.device) -> Row:
-    """READ on a backbone of the same shape with random weights, extracted like any other."""
+def _untrained(config: Ablate, opened: Opened, show: Show) -> tuple[Ablate, Opened] | None:
+    """The caches of a backbone of the same shape with random weights, of the same recipe otherwise; None where they cannot be."""
     # what trains needs no transformers; what makes a backbone does
-    untrained = importlib.import_module("stages.untrained")
-    checkpoint = sources.checkpoint(config.backbone, local=False)
-    path = untrained.save(checkpoint, config.store / "untrained")
+    untrained, made = importlib.import_module("stages.untrained"), opened.recipe
+    same: dict[str, Any] = {
+        name: made[name] for name in ("tokens", "layers", "codec", "limit", "order_seed", "max_length") if name in made
+    }
+    asked = made["data"]["template"]
     # its output embedding says nothing: it is asked through a classifier, whatever the head
-    own = config.model_copy(update={"backbone": str(path), "cache": None, "words": None, "head": "classifier"})
-    opened = open_caches(own, check(own), show)
-    return _row("READ on an untrained backbone", own, opened, _shape(own, opened, "read"), seeds, device, show)
+    same |= {"cache": None, "words": None, "head": "classifier", "prompt": asked if isinstance(asked, str) else None}
+    same["read"] = config.read.model_copy(update={"joiner": "none"})
+    try:
+        checkpoint = sources.checkpoint(config.backbone, local=False)
+        own = config.model_copy(update=same | {"backbone": str(untrained.save(checkpoint, config.store / "untrained"))})
+        return own, open_caches(own, check(own), show)
+    except Refused as error:
+        show.line(f"without the row of {UNTRAINED}: {error}")
+        return None
 
 
 def _score(opened: Opened, metrics: dict[str, dict[str, float]]) -> float:

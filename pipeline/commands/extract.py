@@ -18,7 +18,7 @@ from stages.device import pick
 from store import files, layout, manifest, writer
 
 
-def run(config: Extract, show: Show, checked: Callable[[Recipe], None] | None = None) -> dict[str, Any]:
+def run(config: Extract, show: Show, checked: Callable[[Recipe], object] | None = None) -> dict[str, Any]:
     """The command `extract`. checked: a caller's own check of the recipe, before any work."""
     planned = prepare(config, checked=checked)
     check_disk(config.store, planned.parts)

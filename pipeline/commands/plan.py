@@ -81,7 +81,7 @@ def summary(part: Part, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def prepare(config: Plan, again: bool = False, checked: Callable[[recipe.Recipe], None] | None = None) -> Planned:
+def prepare(config: Plan, again: bool = False, checked: Callable[[recipe.Recipe], object] | None = None) -> Planned:
     """Check everything that can be wrong, cheapest first, and lay out every split. Raises Refused; writes nothing.
 
     again: lay out even what is published already. checked: a caller's own check of the recipe, before data are read.
@@ -110,7 +110,7 @@ def prepare(config: Plan, again: bool = False, checked: Callable[[recipe.Recipe]
         if not source.files:  # from the hub: the digest is known only now
             known[split]["data"]["digest"] = loaded.digest
             hits[split] = None if again else _hit(config.store, known[split])
-    _check_labels(task, source, splits, {split: hit for split, hit in hits.items() if hit})
+    task = _settled(task, source, splits, {split: hit for split, hit in hits.items() if hit})
     if any(hit is None for hit in hits.values()) and "words" in next(iter(known.values())):
         reading = reading._replace(answers=answers(config, task, checkpoint, anatomy, reading.tokenizer))
     parts = {}
@@ -141,15 +141,15 @@ def _anatomy(config: Plan, task: Task, checkpoint: sources.Checkpoint) -> tuple[
     return anatomy, processor
 
 
-def _check_labels(task: Task, source: sources.Source, splits: dict[str, inputs.Split], hits: dict[str, store.Cache]) -> None:
-    """Refuse a label outside its classes, in new data and in caches that are there already."""
+def _settled(task: Task, source: sources.Source, splits: dict[str, inputs.Split], hits: dict[str, store.Cache]) -> Task:
+    """The task with its classes named. Refuses a label outside them, in new data and in caches that are there already."""
     columns, where = {}, {}
     for split in (task.train, *task.evaluation):
         if split in hits:
             columns[split], where[split] = label_column(task, hits[split], split)
         elif split in splits:
             columns[split], where[split] = splits[split].columns[task.label], inputs.place(source, split)
-    tasks.settle(task, columns, where)
+    return tasks.settle(task, columns, where)[0]
 
 
 def wanted(config: Plan, task: Task, source: sources.Source) -> list[str]:

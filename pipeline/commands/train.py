@@ -27,7 +27,7 @@ def run(config: Train, show: Show) -> dict[str, Any]:
     task, recipe = opened.task, opened.recipe
     shape = shape_of(config, task, recipe, width=opened.caches[task.train].manifest.counts["width"])
     loaded = fitting.loaders(config, opened, config.seed, list(shape.states), device)
-    head = fitting.fresh(opened, shape, loaded.fit, config.seed)
+    head = fitting.fresh(config, opened, shape, loaded.fit, config.seed)
     parameters = {"read": count(head.read), "head": count(head) - count(head.read)}
     show.line(
         f"{task.name}: {len(loaded.fit):,} examples train, {len(loaded.choose):,} ({config.schedule.hold_out:.0%} of train, "
