@@ -118,7 +118,7 @@ def load_shape(run: Run) -> Shape:
     """The shape of a run's head. Raises Damaged where it does not read."""
     try:
         return Shape(**json.loads((run.path / "read_config.json").read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise Damaged(f"run {run.path}: read_config.json does not read ({error}); train again") from None
 
 

@@ -424,6 +424,13 @@ def test_a_damaged_run_is_met_with_a_line(capfd, said, victim):
     assert len(call(capfd, "catalog", store=said["store"])["damaged"]) == (victim == "run.json")
 
 
+def test_a_run_of_another_version_is_met_with_a_line(capfd, said):
+    trained = call(capfd, "train", **said, **FAST)
+    path = said["store"] / "runs/sst2" / trained["run"] / "read_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"states": ["embedding", "block.1"]}))
+    assert "train again" in call(capfd, "evaluate", run=trained["run"], store=said["store"], status=2)["error"]
+
+
 def test_a_backbone_that_changed_does_not_predict(capfd, said, tmp_path):
     said |= {"backbone": save_bert(tmp_path / "mine")}
     trained = call(capfd, "train", **said, **FAST)
