@@ -138,7 +138,8 @@ def _new(config: Predict, show: Show, found: Run, columns: list[list[str]], head
     # here and not above: predicting for a cached split needs no transformers
     anatomies, attach = importlib.import_module("stages.anatomy"), importlib.import_module("stages.attach")
     backbones, build = importlib.import_module("stages.backbone"), importlib.import_module("pipeline.build")
-    processor, pixels = build.images.processor(checkpoint) if found.task.image else (None, None)
+    images = importlib.import_module("stages.images")
+    processor, pixels = images.processor(checkpoint) if found.task.image else (None, None)
     backbone = backbones.Backbone(checkpoint.path, anatomies.describe(checkpoint.path, name, pixels), device)
     examples = build.at_hand(found.task, recipe, checkpoint, processor, columns, backbone.anatomy)
     attached = attach.attach(backbone, head, runs.load_shape(found).states, recipe["tokens"], recipe["codec"])
