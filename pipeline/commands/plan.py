@@ -95,7 +95,6 @@ def prepare(config: Plan, again: bool = False, checked: Callable[[recipe.Recipe]
     checkpoint = sources.checkpoint(config.backbone, local=False)
     assert checkpoint is not None
     anatomy, processor = _anatomy(config, task, checkpoint)
-    reading = open_reading(config, task, checkpoint, anatomy, processor)
     known = {
         split: recipe.complete(
             recipe.known(config, task, anatomy.kind, split, source.digest(split), checkpoint), anatomy, dtype="float32"
@@ -104,6 +103,7 @@ def prepare(config: Plan, again: bool = False, checked: Callable[[recipe.Recipe]
     }
     if checked:
         checked(next(iter(known.values())))
+    reading = open_reading(config, task, checkpoint, anatomy, processor)
     hits = {split: None if again else _hit(config.store, known[split]) for split in known}
     splits = {split: inputs.load(task, source, split) for split in known if hits[split] is None}
     for split, loaded in splits.items():
