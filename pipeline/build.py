@@ -74,7 +74,7 @@ def open_reading(config: Inputs, task: Task, checkpoint: Checkpoint, anatomy: An
 def answers(config: Inputs, task: Task, checkpoint: Checkpoint, anatomy: Anatomy, tokenizer: Any) -> np.ndarray | None:
     """The label words' rows of the output embedding (K, D), or None where the task's own words have none.
 
-    Raises Refused for words that the user asked for by WORDS and that cannot be had.
+    Raises Refused for words that the user asked for by WORDS and that cannot be had, and for another number than of classes.
     """
     asked = recipe.words(config, task)
     try:
@@ -88,7 +88,7 @@ def answers(config: Inputs, task: Task, checkpoint: Checkpoint, anatomy: Anatomy
     found = words.rows(checkpoint.path, anatomy, ids)
     if found is None and config.words:
         raise Refused(
-            f"backbone {checkpoint.name}: its checkpoint has no output embedding, so that label words have no rows in it"
+            f"backbone {checkpoint.name}: label words have no rows: no output embedding, or logits that are no product with it"
         )
     return found
 

@@ -177,7 +177,7 @@ class Evaluate(_OfRun):
 
 
 class Predict(_OfRun):
-    """Labels for new text with a saved run, or for a split of the cache (--split test)."""
+    """Labels for new text or images with a saved run, or for a split of the cache (--split test)."""
 
     text: str | None = None
     """a text"""

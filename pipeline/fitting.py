@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from pipeline.config import Train
-from pipeline.opening import Opened, label_words
-from pipeline.recipe import words
+from pipeline.opening import Opened
 from stages.evaluate import say, score
 from stages.heads import Head
 from stages.loader import Loader
@@ -51,10 +50,10 @@ def loaders(config: Train, opened: Opened, seed: int, streams: list[str], device
     return Loaders(load(task.train, fit, config.batch), load(task.train, choose, EVALUATION_BATCH), scored)
 
 
-def fresh(config: Train, opened: Opened, shape: Shape, fit: Loader, seed: int) -> Head:
-    """An untrained head on the loader's device, its weights from the seed."""
+def fresh(opened: Opened, shape: Shape, answers: torch.Tensor | None, fit: Loader, seed: int) -> Head:
+    """An untrained head on the loader's device, its weights from the seed. answers: (K, D) label words of a verbalizer."""
     torch.manual_seed(seed)
-    head = build(shape, label_words(opened, shape, words(config, opened.task)))
+    head = build(shape, answers)
     if head.regression:
         head.standardise(opened.labels[opened.task.train][fit.examples])
     return head.to(fit.device)

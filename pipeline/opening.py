@@ -75,6 +75,8 @@ def shape_of(config: Train, task: Task, recipe: Recipe, width: int = 1, **more: 
             f"HEAD=verbalizer needs a backbone with an output embedding ({speak}); {config.backbone} is {article(kind)}; "
             f"leave HEAD out"
         )
+    if config.words and not KINDS[kind].speaks:
+        raise Refused(f"WORDS={config.words} needs a backbone with an output embedding; {config.backbone} is {article(kind)}")
     every = states(recipe)
     if read.joiner == "attention" and len(every) == 1:
         raise Refused(
@@ -134,19 +136,19 @@ def _labelled(task: Task, caches: dict[str, Cache], unchecked: list[str], show: 
     return Opened(task, caches, labels, unlabelled, unchecked)
 
 
-def label_words(opened: Opened, shape: Shape, asked: tuple[str, ...]) -> torch.Tensor | None:
+def label_words(config: Train, opened: Opened, shape: Shape) -> torch.Tensor | None:
     """The label words' rows (K, D) for a verbalizer. Raises Refused where the cache carries not those that are asked for."""
     if shape.head != "verbalizer":
         return None
     cache = opened.caches[opened.task.train]
-    held = cache.manifest.recipe.get("words", [])
+    held, asked = cache.manifest.recipe.get("words", []), words(config, opened.task)
     name = f"cache {cache.fingerprint[:12]}"
     if held != list(asked):
         raise Refused(f"{name} has the label words {', '.join(held) or '(none)'}, not {', '.join(asked)}; leave CACHE out")
     if cache.words is None:
         raise Refused(
             f"{name} carries no rows for the label words {', '.join(asked)}: one of them is several tokens or not in the "
-            f"vocabulary, or the checkpoint has no output embedding; give WORDS=a,b in the order of the classes"
+            f"vocabulary, or the model's logits are no product with an output embedding; give WORDS=a,b in the classes' order"
         )
     if len(cache.words) != shape.outputs:
         raise Refused(f"{len(cache.words)} label words for the {shape.outputs} classes {', '.join(opened.task.classes or ())}")

@@ -125,8 +125,8 @@ def describe(path: Path, name: str, pixels: tuple[int, ...] | None = None) -> An
     prefix = tokens - _patches(config, pixels) if kind == "image" and pixels else 0
     if not 0 <= prefix <= MOST_BEFORE:
         raise Refused(
-            f"backbone {name} ({config.model_type}) gives {tokens} tokens for {tokens - prefix} patches: more than a class "
-            f"token and a few registers; choose another"
+            f"backbone {name} ({config.model_type}) gives {tokens} tokens for {tokens - prefix} patches, which are no "
+            f"patches behind a class token and a few registers; choose another"
         )
     return Anatomy(kind, streams, widths.pop(), longest, chosen, config, start, pixels, prefix)
 

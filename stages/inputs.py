@@ -211,10 +211,21 @@ def _content(dataset: datasets.Dataset) -> str:
     digest = hashlib.sha256(json.dumps(sorted(dataset.column_names)).encode())
     for name, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(name, datasets.Image(decode=False))  # its file's bytes
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    pictures = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     for begin in range(0, len(dataset), BLOCK):
-        digest.update(json.dumps(dataset[begin : begin + BLOCK], sort_keys=True, default=str).encode())
+        rows = dataset[begin : begin + BLOCK]
+        rows |= {name: [_bytes_digest(value) for value in rows[name]] for name in pictures}
+        digest.update(json.dumps(rows, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _bytes_digest(image: dict[str, Any] | None) -> str | None:
+    """Of an image's bytes, in the table or in a file: not of where that file is."""
+    if image is None:
+        return None
+    data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    return hashlib.sha256(data).hexdigest()
 
 
 def order(count: int, limit: int | None, seed: int) -> np.ndarray:

@@ -151,7 +151,9 @@ _Label = str | int | bool
 def _quoted(words: Any) -> Any:
     if isinstance(words, list) and any(isinstance(word, bool) for word in words):
         raise ValueError('YAML takes yes and no for truth values: quote them, ["no", "yes"]')
-    return words
+    if isinstance(words, list) and any(isinstance(word, str) and ("," in word or not word.strip()) for word in words):
+        raise ValueError("a label word is not empty and has no comma")
+    return [word.strip() if isinstance(word, str) else word for word in words] if isinstance(words, list) else words
 
 
 class _File(BaseModel):

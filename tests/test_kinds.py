@@ -214,8 +214,15 @@ def test_a_class_is_part_of_the_content_whatever_the_ending(tmp_path, pictures):
     assert len(loaded.dataset) == 60 and loaded.columns["label"][0].sum() == 31
 
 
-def test_images_from_the_hub_are_known_by_their_bytes():
+def test_images_from_the_hub_are_known_by_their_bytes(tmp_path):
     import datasets
+
+    found = []
+    for folder, value in (("a", 0), ("b", 0), ("b", 1)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(tmp_path / folder / "x.png")
+        found.append(inputs._content(inputs.of_images({"image": [str(tmp_path / folder / "x.png")]})))
+    assert found[0] == found[1] != found[2]  # not by where their files are
 
     def digest(value):
         picture = Image.fromarray(np.full((4, 4, 3), value, np.uint8))
@@ -305,6 +312,7 @@ def test_bad_input_is_one_clear_line_before_any_work(capfd, said, monkeypatch, n
     ("line", "expected"),
     [
         ("words: [good]", "1 label words (good) for the 2 classes 0, 1"),
+        ('words: ["good,bad", "dull"]', "a label word is not empty and has no comma"),
         ("words: [no, yes]", "YAML takes yes and no for truth values: quote them"),
     ],
 )
@@ -336,7 +344,7 @@ def test_an_ablation_trains_every_control_from_the_same_cache(capfd, said, name,
 
     trained = []
     fresh = fitting.fresh
-    monkeypatch.setattr(fitting, "fresh", lambda *a: trained.append((a[1], a[2], a[4])) or fresh(*a))
+    monkeypatch.setattr(fitting, "fresh", lambda *a: trained.append((a[0], a[1], a[4])) or fresh(*a))
     told = call(capfd, "ablate", **said(name), **FAST | {"seeds": 2})
     rows = {row["name"]: row for row in told["rows"]}
     joined = [JOINED] if name == "t5" else []
@@ -346,7 +354,7 @@ def test_an_ablation_trains_every_control_from_the_same_cache(capfd, said, name,
     assert own == [(c, seed) for c in [*(["read"] if joined else []), *CONTROLS, "read"] for seed in (0, 1)]
     assert {opened.recipe["backbone"]["weights"] for opened, *_ in trained[:-2]} == {trained[0][0].recipe["backbone"]["weights"]}
     assert trained[-1][0].recipe["backbone"]["weights"] != trained[0][0].recipe["backbone"]["weights"]
-    assert trained[-1][0].recipe["tokens"] == trained[0][0].recipe["tokens"]
+    assert trained[-1][0].recipe["tokens"] == ("last" if name == "t5" else "mean") and told["left_out"] == {}
     for row in rows.values():
         assert len(row["scores"]) == 2 and row["mean"] == pytest.approx(np.mean(row["scores"]))
         assert row["standard_deviation"] == pytest.approx(np.std(row["scores"], ddof=1))
@@ -378,7 +386,8 @@ def test_an_ablation_does_without_the_twin_where_it_cannot_be_and_scores_what_ca
     call(capfd, "extract", **options)
     told = call(capfd, "ablate", "--no-extract", **options, **FAST | {"seeds": 2, "head": "verbalizer"})
     rows = {row["name"]: row for row in told["rows"]}
-    assert "READ on an untrained backbone" not in rows
+    assert "READ on an untrained backbone" not in rows and set(told["left_out"]) == {"READ on an untrained backbone"}
+    assert not (options["store"] / "untrained").exists()
     assert rows["final state alone"]["parameters"] == 0 and len(set(rows["final state alone"]["scores"])) == 1
 
 

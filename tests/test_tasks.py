@@ -118,3 +118,9 @@ def test_regression_takes_numbers_only():
     assert tasks.labels(plain, np.array([1.5, 2]), None, "x").dtype == np.float32
     with pytest.raises(Refused, match="holds text"):
         tasks.labels(plain, np.array([0]), ["high"], "x")
+
+
+def test_words_of_a_task_file_are_taken_without_their_spaces(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text('files: {train: a.csv, validation: b.csv}\ntext: t\nlabel: y\nwords: [" no", "yes "]\n')
+    assert tasks.find(str(path)).words == ("no", "yes")

@@ -8,7 +8,7 @@ import torch
 
 from pipeline import fitting
 from pipeline.config import Ablate
-from pipeline.opening import Opened, check, open_caches, shape_of
+from pipeline.opening import Opened, check, label_words, open_caches, shape_of
 from pipeline.show import Show
 from stages import baselines, sources
 from stages.controls import CONTROLS
@@ -37,8 +37,9 @@ def run(config: Ablate, show: Show) -> dict[str, Any]:
     """The command `ablate`."""
     task, device = check(config), pick(config.device)
     opened = open_caches(config, task, show)
+    label_words(config, opened, _shape(config, opened, "read"))  # refused now, not after other work
     # first, since it is what may have to be extracted
-    untrained = _untrained(config, opened, show)
+    untrained = "--no-extract" if config.no_extract else _untrained(config, opened, show)
     seeds = range(config.seed, config.seed + config.seeds)
     # a control reads the decoder's row alone: so does the READ that it is compared with
     apart = config.model_copy(update={"read": config.read.model_copy(update={"joiner": "none"})})
@@ -48,7 +49,7 @@ def run(config: Ablate, show: Show) -> dict[str, Any]:
         rows.append(_row(JOINED, config, opened, joined, seeds, device, show))
     for control, name in CONTROLS.items():
         rows.append(_row(name, apart, opened, _shape(apart, opened, control), seeds, device, show))
-    if untrained:
+    if not isinstance(untrained, str):
         own, twin = untrained
         rows.append(_row(UNTRAINED, own, twin, _shape(own, twin, "read"), seeds, device, show))
     metric, split = opened.task.metrics[0], opened.task.evaluation[0]
@@ -64,6 +65,7 @@ def run(config: Ablate, show: Show) -> dict[str, Any]:
         "split": split,
         "seeds": list(seeds),
         "sentence": sentence,
+        "left_out": {UNTRAINED: untrained} if isinstance(untrained, str) else {},
         "rows": [
             {
                 "name": row.name,
@@ -95,10 +97,10 @@ def _probe(config: Ablate, opened: Opened, seeds: range, device: torch.device) -
 
 
 def _row(name: str, config: Ablate, opened: Opened, shape: Shape, seeds: range, device: torch.device, show: Show) -> Row:
-    scores, parameters = [], 0
+    scores, parameters, answers = [], 0, label_words(config, opened, shape)
     for seed in seeds:
         loaded = fitting.loaders(config, opened, seed, list(shape.states), device)
-        head = fitting.fresh(config, opened, shape, loaded.fit, seed)
+        head = fitting.fresh(opened, shape, answers, loaded.fit, seed)
         parameters = count(head)
         fitted = fitting.fit(head, opened, loaded, fitting.schedule(config, seed))
         scores.append(_score(opened, fitted.metrics))
@@ -106,24 +108,25 @@ def _row(name: str, config: Ablate, opened: Opened, shape: Shape, seeds: range, 
     return Row(name, parameters, scores)
 
 
-def _untrained(config: Ablate, opened: Opened, show: Show) -> tuple[Ablate, Opened] | None:
-    """The caches of a backbone of the same shape with random weights, of the same recipe otherwise; None where they cannot be."""
-    # what trains needs no transformers; what makes a backbone does
-    untrained, made = importlib.import_module("stages.untrained"), opened.recipe
-    same: dict[str, Any] = {
-        name: made[name] for name in ("tokens", "layers", "codec", "limit", "order_seed", "max_length") if name in made
-    }
+def _untrained(config: Ablate, opened: Opened, show: Show) -> tuple[Ablate, Opened] | str:
+    """The caches of a backbone of the same shape with random weights, of the same recipe otherwise; or why there are none."""
+    made = opened.recipe
+    same: dict[str, Any] = {n: made[n] for n in ("tokens", "layers", "codec", "limit", "order_seed", "max_length") if n in made}
     asked = made["data"]["template"]
     # its output embedding says nothing: it is asked through a classifier, whatever the head
     same |= {"cache": None, "words": None, "head": "classifier", "prompt": asked if isinstance(asked, str) else None}
     same["read"] = config.read.model_copy(update={"joiner": "none"})
+    if made["backbone"]["kind"] == "encoder-decoder":
+        same["tokens"] = "last"  # the decoder's row is all that is read
     try:
+        # what trains needs no transformers; what makes a backbone does
+        untrained = importlib.import_module("stages.untrained")
         checkpoint = sources.checkpoint(config.backbone, local=False)
         own = config.model_copy(update=same | {"backbone": str(untrained.save(checkpoint, config.store / "untrained"))})
         return own, open_caches(own, check(own), show)
-    except Refused as error:
+    except (Refused, ImportError) as error:
         show.line(f"without the row of {UNTRAINED}: {error}")
-        return None
+        return str(error)
 
 
 def _score(opened: Opened, metrics: dict[str, dict[str, float]]) -> float:

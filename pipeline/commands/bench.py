@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline import fitting
 from pipeline.config import Bench, Extract, ReadOptions, ScheduleOptions, Train
-from pipeline.opening import check, open_caches, shape_of
+from pipeline.opening import check, label_words, open_caches, shape_of
 from pipeline.show import Show, duration, size
 from stages import tasks
 from stages.device import pick
@@ -103,7 +103,7 @@ def recipes(config: Bench, show: Show) -> dict[str, Any]:
             own = own.model_copy(update={"schedule": own.schedule.model_copy(update={"hold_out": HELD_OUT})})
             for seed in range(config.seeds):
                 loaded = fitting.loaders(own, opened, seed, list(shape.states), device)
-                head = fitting.fresh(own, opened, shape, loaded.fit, seed)
+                head = fitting.fresh(opened, shape, label_words(own, opened, shape), loaded.fit, seed)
                 outcome = fitting.fit(head, opened, loaded._replace(scored={}), fitting.schedule(own, seed)).outcome
                 scores.setdefault(task, []).append(outcome.curve[outcome.epoch - 1]["choose"][opened.task.metrics[0]])
         means = {task: float(np.mean(values)) for task, values in scores.items()}

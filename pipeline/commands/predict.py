@@ -109,7 +109,7 @@ def _images(config: Predict) -> list[list[str]]:
         raise Refused(f"this run reads images: give FILE=<an image, or a folder of them>, not {config.file or 'TEXT'}")
     found = [config.file]
     if config.file.is_dir():
-        found = sorted(path for path in config.file.iterdir() if path.suffix.lower() in IMAGES)
+        found = sorted(path for path in config.file.glob("[!.]*") if path.suffix.lower() in IMAGES)
     if not found:
         raise Refused(f"FILE={config.file} holds no images; known are {', '.join(sorted(IMAGES))}")
     return [[str(path) for path in found]]

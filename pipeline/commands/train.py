@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import fitting, runs
 from pipeline.config import Train
-from pipeline.opening import check, open_caches, shape_of
+from pipeline.opening import check, label_words, open_caches, shape_of
 from pipeline.show import Show, duration, size
 from stages import baselines
 from stages.device import pick
@@ -26,8 +26,9 @@ def run(config: Train, show: Show) -> dict[str, Any]:
         opened = open_caches(config, task, show)
     task, recipe = opened.task, opened.recipe
     shape = shape_of(config, task, recipe, width=opened.caches[task.train].manifest.counts["width"])
+    answers = label_words(config, opened, shape)
     loaded = fitting.loaders(config, opened, config.seed, list(shape.states), device)
-    head = fitting.fresh(config, opened, shape, loaded.fit, config.seed)
+    head = fitting.fresh(opened, shape, answers, loaded.fit, config.seed)
     parameters = {"read": count(head.read), "head": count(head) - count(head.read)}
     show.line(
         f"{task.name}: {len(loaded.fit):,} examples train, {len(loaded.choose):,} ({config.schedule.hold_out:.0%} of train, "
