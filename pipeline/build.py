@@ -12,7 +12,6 @@ from pipeline.recipe import Recipe
 from stages import images, inputs, selection, texts, words
 from stages.anatomy import Anatomy
 from stages.images import Images, Processor
-from stages.kinds import KINDS, article
 from stages.sources import Checkpoint
 from stages.tasks import Task
 from stages.texts import Tokens
@@ -48,10 +47,7 @@ class Build(NamedTuple):
 
 def open_reading(config: Inputs, task: Task, checkpoint: Checkpoint, anatomy: Anatomy, processor: Processor | None) -> Reading:
     """Tokenizer, label words and prompt, checked. Raises Refused for what does not fit the backbone or the task."""
-    if config.words and not KINDS[anatomy.kind].speaks:
-        raise Refused(
-            f"WORDS={config.words} needs a backbone with an output embedding; {config.backbone} is {article(anatomy.kind)}"
-        )
+    recipe.check_words(config, anatomy.kind)
     if anatomy.kind == "image":
         if config.prompt is not None:
             raise Refused(f"PROMPT={config.prompt!r} is for texts, and {config.backbone} reads images; leave it out")

@@ -10,7 +10,7 @@ import torch
 import store
 from pipeline.config import Extract, Train
 from pipeline.lookup import label_column, look
-from pipeline.recipe import Recipe, states, words
+from pipeline.recipe import Recipe, check_words, states, words
 from pipeline.show import Show, size
 from stages import depths, tasks
 from stages.kinds import KINDS, article, check_rule, pool_of
@@ -75,8 +75,7 @@ def shape_of(config: Train, task: Task, recipe: Recipe, width: int = 1, **more: 
             f"HEAD=verbalizer needs a backbone with an output embedding ({speak}); {config.backbone} is {article(kind)}; "
             f"leave HEAD out"
         )
-    if config.words and not KINDS[kind].speaks:
-        raise Refused(f"WORDS={config.words} needs a backbone with an output embedding; {config.backbone} is {article(kind)}")
+    check_words(config, kind)
     every = states(recipe)
     if read.joiner == "attention" and len(every) == 1:
         raise Refused(

@@ -6,9 +6,10 @@ from typing import Any
 from pipeline.config import Inputs
 from stages import depths
 from stages.batching import RULE
-from stages.kinds import KINDS, main_stream, tokens_of
+from stages.kinds import KINDS, article, main_stream, tokens_of
 from stages.sources import Checkpoint
 from stages.tasks import Task
+from store.errors import Refused
 from store.layout import FORMAT
 
 CHUNK_BYTES = 16 << 20
@@ -71,6 +72,14 @@ def template(config: Inputs, task: Task, kind: str) -> list[str] | str:
 def words(config: Inputs, task: Task) -> tuple[str, ...]:
     """The label words that are asked for, or that the task has."""
     return tuple(word.strip() for word in config.words.split(",")) if config.words else task.words or ()
+
+
+def check_words(config: Inputs, kind: str) -> None:
+    """Refuse WORDS for a kind of backbone that cannot answer with them."""
+    if config.words and not KINDS[kind].speaks:
+        raise Refused(
+            f"WORDS={config.words} needs a backbone with an output embedding; {config.backbone} is {article(kind)}; leave WORDS out"
+        )
 
 
 def complete(recipe: Recipe, anatomy: Any, dtype: str) -> Recipe:
