@@ -78,7 +78,8 @@ def check_words(config: Inputs, kind: str) -> None:
     """Refuse WORDS for a kind of backbone that cannot answer with them."""
     if config.words and not KINDS[kind].speaks:
         raise Refused(
-            f"WORDS={config.words} needs a backbone with an output embedding; {config.backbone} is {article(kind)}; leave WORDS out"
+            f"WORDS={config.words} needs a backbone with an output embedding; {config.backbone} is {article(kind)}; "
+            f"leave WORDS out"
         )
 
 
