@@ -107,6 +107,8 @@ class ReadOptions(_Frozen):
     """s_in: scale of the normed inputs"""
     scale_out: float = 1.0
     """s_out: scale of the correction"""
+    standardise: bool = True
+    """whether a classifier reads the states in units of their spread over training examples; else as they are"""
     dropout: Share = 0.1
     """in the head"""
 

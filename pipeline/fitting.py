@@ -17,6 +17,8 @@ from stages.train import Schedule, Trained, hold_out, train
 from store.errors import Refused
 
 EVALUATION_BATCH = 256
+SAMPLE = 1024
+"""examples that tell how the states spread"""
 
 
 class Loaders(NamedTuple):
@@ -55,8 +57,13 @@ def fresh(opened: Opened, shape: Shape, answers: torch.Tensor | None, fit: Loade
     torch.manual_seed(seed)
     head = build(shape, answers)
     if head.regression:
-        head.standardise(opened.labels[opened.task.train][fit.examples])
-    return head.to(fit.device)
+        head.standardise_labels(opened.labels[opened.task.train][fit.examples])
+    head.to(fit.device)
+    if shape.standardise and shape.head != "verbalizer":
+        # the cache lies in shuffled order: its first examples are a random sample
+        sample = Loader(fit.cache, np.sort(fit.examples)[:SAMPLE], fit.labels, EVALUATION_BATCH, fit.device, fit.streams)
+        head.standardise_states(sample.in_order())
+    return head
 
 
 def schedule(config: Train, seed: int) -> Schedule:

@@ -85,7 +85,8 @@ def shape_of(config: Train, task: Task, recipe: Recipe, width: int = 1, **more: 
     streams = every if read.joiner != "none" else dict(list(every.items())[-1:])
     return Shape(
         width, streams, task.outputs, pool_of(kind, rule, config.pool), config.hidden, config.cell, read.aggregate, read.initial,
-        read.scale_in, read.scale_out, read.bidirectional, read.layers, config.head, read.dropout, **more,
+        read.scale_in, read.scale_out, read.bidirectional, read.layers, config.head, read.dropout,
+        read.standardise, **more,
     )  # fmt: skip
 
 

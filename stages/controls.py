@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.depths import Depths
-from stages.read import READ
+from stages.read import READ, Correction
 
 
 class Final(nn.Module):
@@ -56,7 +56,7 @@ class LayerAttention(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.key, self.value = nn.Linear(width, inner), nn.Linear(width, inner)
         self.query = nn.Parameter(torch.zeros(inner))
-        self.out = _zero(nn.Linear(inner, width))
+        self.out = Correction(inner, width)
 
     def forward(self, rows: Tensor, depths: Depths) -> Tensor:
         """rows: (r, S, D) -> (r, D)."""
@@ -73,7 +73,7 @@ class Concatenated(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.first = nn.Linear(width * len(depths.blocks), inner)
-        self.out = _zero(nn.Linear(inner, width))
+        self.out = Correction(inner, width)
 
     def forward(self, rows: Tensor, depths: Depths) -> Tensor:
         """rows: (r, S, D) -> (r, D)."""
@@ -113,13 +113,6 @@ def build(control: str, width: int, depths: Depths, size: int) -> nn.Module:
         "concatenated": lambda: Concatenated(width, max(1, (size - 2 * width) // (width * (len(depths.blocks) + 1) + 1)), depths),
     }
     return made[control]()
-
-
-def _zero(linear: nn.Linear) -> nn.Linear:
-    """As READ's W_o: training begins at the backbone's own state."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
 
 
 def _repeated(initial: Any, times: int) -> Any:

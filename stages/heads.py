@@ -1,5 +1,6 @@
 """READ, pooling and output layer: what is trained, and its loss."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -7,6 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.depths import Depths
+from stages.read import Correction
+
+
+SMALLEST_SPREAD = 0.01
+"""of a dimension of the final state, as a share of their mean"""
 
 
 class Batch(NamedTuple):
@@ -77,10 +83,12 @@ class Verbalizer(nn.Module):
 
 
 class Head(nn.Module):
-    """READ (or a control in its place), pool, output layer."""
+    """READ (or a control in its place), pool, output layer; between them (h' − centre) / spread, 0 and 1 until they are taken."""
 
     offset: Tensor
     scale: Tensor
+    centre: Tensor
+    spread: Tensor
 
     def __init__(self, read: nn.Module, pool: str, width: int, output: nn.Module, outputs: int, depths: Depths) -> None:
         """outputs: K; 1 makes a regressor, which predicts in the labels' unit by the offset and scale it was given."""
@@ -92,14 +100,20 @@ class Head(nn.Module):
         self.regression = outputs == 1
         self.register_buffer("offset", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, K), or predictions (B, 1) in the labels' unit."""
+        states = (self._corrected(batch) - self.centre) / self.spread
+        pooled = self.pool(states, batch) if batch.decoder is None else states  # (B, D)
+        return cast(Tensor, self.output(pooled) * self.scale + self.offset)
+
+    def _corrected(self, batch: Batch) -> Tensor:
+        """h' (r, D); of an encoder-decoder (B, D)."""
         if batch.decoder is None:
-            corrected = self.pool(self.read(batch.rows, self.depths), batch)  # (B, D)
-        else:
-            corrected = self.read(batch.rows, batch.attention, batch.example, batch.decoder, self.depths)  # (B, D)
-        return cast(Tensor, self.output(corrected) * self.scale + self.offset)
+            return cast(Tensor, self.read(batch.rows, self.depths))
+        return cast(Tensor, self.read(batch.rows, batch.attention, batch.example, batch.decoder, self.depths))
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy, or mean squared error in units of the labels' variance."""
@@ -108,7 +122,22 @@ class Head(nn.Module):
             return F.mse_loss(out[:, 0] / self.scale, batch.labels / self.scale)
         return F.cross_entropy(out, batch.labels)
 
-    def standardise(self, labels: Any) -> None:
+    @torch.no_grad()
+    def standardise_states(self, batches: Iterable[Batch]) -> None:
+        """Take centre and spread of the states before they are corrected, and make the spread the unit of the correction.
+
+        Backbones differ a hundredfold in how their final states spread, and many have an offset that is larger than that: one
+        learning rate does for all only where the head's inputs are alike. What hardly moves is not magnified beyond measure.
+        """
+        states = torch.cat([self._corrected(batch) for batch in batches])
+        spread = states.std(0, correction=0)
+        self.centre.copy_(states.mean(0))
+        self.spread.copy_(spread.clamp_min(SMALLEST_SPREAD * spread.mean()) if spread.any() else torch.ones_like(spread))
+        for module in self.read.modules():
+            if isinstance(module, Correction):
+                module.unit.copy_(self.spread)
+
+    def standardise_labels(self, labels: Any) -> None:
         """Take the offset and scale of a regressor from its training labels (n,)."""
         values = torch.as_tensor(labels, dtype=torch.float32)
         self.offset.copy_(values.mean())

@@ -5,7 +5,7 @@ For one row, h_1 … h_L are the outputs of the backbone's blocks, h_0 the embed
     u_l   = s_in · RMSNorm(h_l)             one norm for all l, weight only, eps 1e-6
     r_l   = Cell(u_l, r_{l-1})              l = 1 … L, over depth: tokens never mix
     a     = mean_l r_l   or   r_L
-    h'    = h_final + s_out · (W_o a + b_o)
+    h'    = h_final + s_out · σ · (W_o a + b_o)       σ = 1 (D,), or the spread of h_final over the training examples
 
 Of an encoder-decoder the decoder's one row also hears, at each block, what the encoder's READ made of the tokens that the
 frozen decoder attends to there (A_l: its cross-attention, averaged over heads; r^e: the encoder's READ after its last block):
@@ -55,6 +55,23 @@ class MinGRU(nn.Module):
 
 CELLS: dict[str, Callable[..., nn.Module]] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM, "mingru": MinGRU}
 """name -> cell of one layer: torch's own, `rnn` is tanh; and minGRU"""
+
+
+class Correction(nn.Linear):
+    """unit · (W_o a + b_o): what is added to h_final. Zero at first, so that training begins at the backbone's own state."""
+
+    unit: Tensor
+
+    def __init__(self, inner: int, width: int) -> None:
+        """inner: of a. width: D."""
+        super().__init__(inner, width)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.register_buffer("unit", torch.ones(width))
+
+    def forward(self, a: Tensor) -> Tensor:
+        """a: (r, inner) -> (r, D)."""
+        return self.unit * super().forward(a)
 
 
 class Recurrence(nn.Module):
@@ -118,8 +135,7 @@ class READ(Recurrence):
     """READ(D, H): rows (r, S, D) -> corrected final states (r, D).
 
     Trainable parameters: g(HD + H² + 2H) + (HD + D) + D with g = 1, 3, 4 for rnn, gru, lstm; 2HD + (HD + D) + D for
-    mingru; with `initial="embedding"` HD + H more. W_o and b_o begin at zero, so that training begins at the backbone's own
-    state.
+    mingru; with `initial="embedding"` HD + H more.
     """
 
     def __init__(
@@ -136,11 +152,9 @@ class READ(Recurrence):
     ) -> None:
         """As `Recurrence`; aggregate: a over depth. scale_out: s_out."""
         super().__init__(width, hidden, cell, initial, scale_in, bidirectional, beside)
-        self.out = nn.Linear(self.outputs, width)
+        self.out = Correction(self.outputs, width)
         self.aggregate = aggregate
         self.scale_out = scale_out
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
 
     def forward(self, rows: Tensor, depths: Depths, beside: Tensor | None = None) -> Tensor:
         """rows: (r, S, D), beside: ψ (r, L, width of ψ) -> h' (r, D)."""

@@ -97,11 +97,12 @@ CASES = [
 def test_training_from_the_cache_is_training_in_the_loop(tmp_path, opened, name, rule, joiner):
     backbone, examples = opened(name)
     here, states = head_of(backbone, rule, joiner)
-    there = copy.deepcopy(here)
     batches = [sorted(torch.randperm(24, generator=torch.Generator().manual_seed(n))[:6].tolist()) for n in range(4)]
     labels = torch.arange(24) % 3
     read = cached(tmp_path, backbone, examples, rule, labels)
     held = [read(batch, list(states)) for batch in batches]
+    here.standardise_states(held)
+    there = copy.deepcopy(here)
     loop = attach(backbone, there, states, rule)
     assert {id(p) for p in loop.parameters()} == {id(p) for p in there.parameters()}
     optimisers = [torch.optim.AdamW(head.parameters(), lr=3e-3) for head in (here, there)]

@@ -8,8 +8,10 @@ from PIL import Image
 from test_commands import FAST, call
 
 import store
+from pipeline import runs
 from stages import inputs, sources, tasks
 from stages.loader import Loader
+from stages.train import hold_out
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,23 @@ def test_texts(capfd, said, reviews, name, inputs, choices, rule):
     fresh = call(capfd, "predict", **run, file=reviews / "sst2" / "validation.jsonl")["predictions"]
     for one, two in zip(fresh, cached, strict=True):
         assert one["probabilities"] == pytest.approx(two["probabilities"], abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("choices", "taken"),
+    [({}, True), ({"set": "read.standardise=false"}, False), ({"head": "verbalizer", "words": "bad,good"}, False)],
+)
+def test_a_classifier_takes_the_spread_of_the_states_from_what_it_trains_on(capfd, said, choices, taken):
+    options = said("gpt2", **choices)
+    trained = call(capfd, "train", **options, **FAST)
+    head = runs.load_head(runs.find(options["store"], trained["run"], None))
+    assert bool(head.centre.any()) == taken == bool((head.spread != 1).all())
+    assert torch.equal(head.read.out.unit, head.spread)
+    if taken:  # fewer examples than the sample: all that train, and no other
+        cache = store.open(options["store"] / "caches" / trained["fingerprints"]["train"])
+        fit, _ = hold_out(cache.column("label")[0], 0.1, 0)
+        final = np.stack([cache.rows(number)[0, -1] for number in fit])
+        torch.testing.assert_close(head.centre, torch.from_numpy(final.mean(0)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

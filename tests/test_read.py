@@ -212,7 +212,7 @@ def test_the_classifier_is_its_formula():
 
 def test_a_regressor_speaks_in_the_labels_unit():
     head = Head(READ(D, H), "mean", D, classifier(D, 1, 0.0), 1, Depths.of(STATES))
-    head.standardise([1.0, 3.0, 5.0])
+    head.standardise_labels([1.0, 3.0, 5.0])
     nn.init.zeros_(head.output[-1].weight)
     nn.init.zeros_(head.output[-1].bias)
     many = batch([1, 2], [3.0, 5.0])
@@ -227,3 +227,39 @@ def test_a_verbalizer_answers_with_the_label_words_rows():
     many = batch([1, 1], [2, 0])
     torch.testing.assert_close(head(many), head.read(many.rows, Depths.of(STATES)) @ words.T)
     assert {name.split(".")[0] for name, _ in head.named_parameters()} == {"read"}  # nothing else is trained
+
+
+def test_a_head_does_the_same_whatever_offset_and_unit_a_backbones_final_state_has():
+    """That is why its states are standardised: one learning rate serves backbones that differ a hundredfold."""
+    lengths, labels = [2, 1, 3] * 10, [0, 1, 2] * 10
+    seen = batch(lengths, labels)
+    unit, offset = torch.rand(D) * 100 + 1, torch.randn(D) * 50
+    moved = seen._replace(rows=torch.cat([seen.rows[:, :4], seen.rows[:, 4:] * unit + offset], 1))
+    losses = []
+    for given in (seen, moved):
+        torch.manual_seed(0)
+        head = Head(READ(D, H), "attention", D, classifier(D, 3, 0.0), 3, Depths.of(STATES))
+        head.standardise_states([given])
+        optimiser = torch.optim.AdamW(head.parameters(), lr=1e-2)
+        for _ in range(20):
+            loss = head.loss(given)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0] < 1
+
+
+def test_states_are_standardised_over_what_was_seen_and_what_hardly_moves_is_not_magnified():
+    many = batch([5, 5, 2])
+    rows = many.rows.clone()
+    rows[:, 4, 0] = 7.0  # a dimension that never moves
+    head = Head(READ(D, H), "mean", D, nn.Identity(), 3, Depths.of(STATES))
+    head.standardise_states([many._replace(rows=rows)])
+    spread = rows[:, 4].std(0, correction=0)
+    torch.testing.assert_close(head.centre, rows[:, 4].mean(0))
+    torch.testing.assert_close(head.spread[1:], spread[1:])
+    assert head.spread[0] == pytest.approx(0.01 * float(spread.mean())) and torch.equal(head.read.out.unit, head.spread)
+    same = batch([1])
+    head.standardise_states([same])  # one row has no spread
+    assert torch.equal(head.spread, torch.ones(D)) and torch.equal(head(same), torch.zeros(1, D))

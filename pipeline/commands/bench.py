@@ -4,12 +4,13 @@ import importlib
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline import fitting
 from pipeline.config import Bench, Extract, ReadOptions, ScheduleOptions, Train
-from pipeline.opening import check, label_words, open_caches, shape_of
+from pipeline.opening import Opened, check, label_words, open_caches, shape_of
 from pipeline.show import Show, duration, size
-from stages import tasks
+from stages import baselines, tasks
 from stages.device import pick
 from store.errors import Refused
 
@@ -62,8 +63,13 @@ def glue(config: Bench, show: Show) -> dict[str, Any]:
     return {"rows": rows}
 
 
+PROBE = "linear probe"
+"""what all variants must beat"""
+
 VARIANTS: dict[str, dict[str, Any]] = {
+    PROBE: {},
     "default": {},
+    "states as they are": {"read": ReadOptions(standardise=False)},
     "lr 0.0003": {"lr": 3e-4},
     "lr 0.003": {"lr": 3e-3},
     "20 epochs": {"epochs": 20},
@@ -75,6 +81,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scale_out 4": {"read": ReadOptions(scale_out=4)},
     "aggregate last": {"read": ReadOptions(aggregate="last")},
     "initial embedding": {"read": ReadOptions(initial="embedding")},
+    "upper half of the layers": {"read": ReadOptions(layers="4-6")},
     "bidirectional": {"read": ReadOptions(bidirectional=True)},
     "weight decay 0.1": {"schedule": ScheduleOptions(weight_decay=0.1)},
     "lstm": {"cell": "lstm"},
@@ -91,27 +98,39 @@ HELD_OUT = 0.2
 
 def recipes(config: Bench, show: Show) -> dict[str, Any]:
     """Variants of the defaults compared on a held-out part of train splits alone: what chose the defaults."""
+    asked = config.only.split(",") if config.only else list(VARIANTS)
+    for name in asked:
+        if name not in VARIANTS:
+            raise Refused(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}")
     device, rows = pick(config.device), []
-    for name, changes in VARIANTS.items():
-        if config.only and name not in config.only.split(","):
-            continue
+    for name in asked:
+        changes = VARIANTS[name]
         scores: dict[str, list[float]] = {}
         for task in config.task.split(","):
             own = Train(**config.model_dump(exclude=BENCH_ONLY | {"task"}) | changes, task=task)
-            opened = open_caches(own, check(own), Show(to_stderr=True))
-            shape = shape_of(own, opened.task, opened.recipe, opened.caches[opened.task.train].manifest.counts["width"])
             own = own.model_copy(update={"schedule": own.schedule.model_copy(update={"hold_out": HELD_OUT})})
-            for seed in range(config.seeds):
-                loaded = fitting.loaders(own, opened, seed, list(shape.states), device)
-                head = fitting.fresh(opened, shape, label_words(own, opened, shape), loaded.fit, seed)
-                outcome = fitting.fit(head, opened, loaded._replace(scored={}), fitting.schedule(own, seed)).outcome
-                scores.setdefault(task, []).append(outcome.curve[outcome.epoch - 1]["choose"][opened.task.metrics[0]])
+            opened = open_caches(own, check(own), Show(to_stderr=True))
+            scores[task] = [_held_out(own, opened, seed, device, name == PROBE) for seed in range(config.seeds)]
         means = {task: float(np.mean(values)) for task, values in scores.items()}
         rows.append({"variant": name, "scores": scores, "mean": float(np.mean(list(means.values())))})
         show.line(
             f"{name:20} " + "  ".join(f"{task} {value:.4f}" for task, value in means.items()) + f"  mean {rows[-1]['mean']:.4f}"
         )
     return {"rows": rows}
+
+
+def _held_out(config: Train, opened: Opened, seed: int, device: torch.device, probe: bool) -> float:
+    """The score of READ, or of the probe, on the part of the train split that chooses."""
+    shape = shape_of(config, opened.task, opened.recipe, opened.caches[opened.task.train].manifest.counts["width"])
+    loaded = fitting.loaders(config, opened, seed, list(shape.states), device)._replace(scored={})
+    if probe:
+        others = {"choose": loaded.choose}
+        scores = baselines.beside(opened.task, loaded.fit, loaded.choose, others, shape.pool, shape.depths)["linear_probe"]
+    else:
+        head = fitting.fresh(opened, shape, label_words(config, opened, shape), loaded.fit, seed)
+        outcome = fitting.fit(head, opened, loaded, fitting.schedule(config, seed)).outcome
+        scores = outcome.curve[outcome.epoch - 1]
+    return float(scores["choose"][opened.task.metrics[0]])
 
 
 BENCHES = {"glue": glue, "recipes": recipes}
