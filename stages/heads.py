@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from stages.depths import Depths
 from stages.read import Correction
 
-
 SMALLEST_SPREAD = 0.01
 """of a dimension of the final state, as a share of their mean"""
 
