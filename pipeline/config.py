@@ -108,7 +108,7 @@ class ReadOptions(_Frozen):
     scale_out: float = 1.0
     """s_out: scale of the correction"""
     standardise: bool = True
-    """whether a classifier reads the states in units of their spread over training examples; else as they are"""
+    """whether a classifier or regressor reads the states in units of their spread over a sample that trains; else as they are"""
     dropout: Share = 0.1
     """in the head"""
 

@@ -18,7 +18,7 @@ from store.errors import Refused
 
 EVALUATION_BATCH = 256
 SAMPLE = 1024
-"""examples that tell how the states spread"""
+"""examples that tell how the states spread, at most"""
 
 
 class Loaders(NamedTuple):

@@ -109,7 +109,7 @@ def load_head(run: Run) -> Head:
         head = build(load_shape(run))
         head.load_state_dict(safetensors.torch.load_file(run.path / "read_model.safetensors"), strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise Damaged(f"run {run.path} does not load ({reason}); train again") from None
     return head.eval()
 

@@ -49,7 +49,7 @@ class ScalarMix(nn.Module):
 
 
 class LayerAttention(nn.Module):
-    """h_final + W_o Σ_l α_l V RMSNorm(h_l), α = softmax_l(q · tanh(K RMSNorm(h_l))): attention in place of recurrence."""
+    """h_final + σ · W_o Σ_l α_l V RMSNorm(h_l), α = softmax_l(q · tanh(K RMSNorm(h_l))): attention in place of recurrence."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class LayerAttention(nn.Module):
 
 
 class Concatenated(nn.Module):
-    """h_final + W_2 tanh(W_1 [RMSNorm(h_1) ; … ; RMSNorm(h_L)]): every layer at once, no order."""
+    """h_final + σ · W_2 tanh(W_1 [RMSNorm(h_1) ; … ; RMSNorm(h_L)]): every layer at once, no order."""
 
     def __init__(self, width: int, inner: int, depths: Depths) -> None:
         super().__init__()

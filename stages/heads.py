@@ -82,7 +82,7 @@ class Verbalizer(nn.Module):
 
 
 class Head(nn.Module):
-    """READ (or a control in its place), pool, output layer; between them (h' − centre) / spread, 0 and 1 until they are taken."""
+    """READ (or a control in its place); (h' − centre) / spread, 0 and 1 until they are taken; pool; output layer."""
 
     offset: Tensor
     scale: Tensor
@@ -123,18 +123,26 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def standardise_states(self, batches: Iterable[Batch]) -> None:
-        """Take centre and spread of the states before they are corrected, and make the spread the unit of the correction.
+        """Take centre and spread of what the output layer would read without a correction, and make the spread its unit.
 
-        Backbones differ a hundredfold in how their final states spread, and many have an offset that is larger than that: one
+        Final states of one backbone spread five times as much as those of another, around offsets several times that: one
         learning rate does for all only where the head's inputs are alike. What hardly moves is not magnified beyond measure.
         """
-        states = torch.cat([self._corrected(batch) for batch in batches])
+        states = torch.cat([self._plain(batch) for batch in batches])  # (n, D)
         spread = states.std(0, correction=0)
         self.centre.copy_(states.mean(0))
         self.spread.copy_(spread.clamp_min(SMALLEST_SPREAD * spread.mean()) if spread.any() else torch.ones_like(spread))
         for module in self.read.modules():
             if isinstance(module, Correction):
                 module.unit.copy_(self.spread)
+
+    def _plain(self, batch: Batch) -> Tensor:
+        """(B, D), pooled: h_final for what corrects it, and of the others what they give untrained."""
+        if not any(isinstance(module, Correction) for module in self.read.modules()):
+            return cast(Tensor, self.pool(self._corrected(batch), batch))
+        if batch.decoder is not None:
+            return batch.decoder[:, self.depths.final]
+        return cast(Tensor, self.pool(batch.rows[:, self.depths.final], batch))
 
     def standardise_labels(self, labels: Any) -> None:
         """Take the offset and scale of a regressor from its training labels (n,)."""

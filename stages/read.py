@@ -5,7 +5,7 @@ For one row, h_1 … h_L are the outputs of the backbone's blocks, h_0 the embed
     u_l   = s_in · RMSNorm(h_l)             one norm for all l, weight only, eps 1e-6
     r_l   = Cell(u_l, r_{l-1})              l = 1 … L, over depth: tokens never mix
     a     = mean_l r_l   or   r_L
-    h'    = h_final + s_out · σ · (W_o a + b_o)       σ = 1 (D,), or the spread of h_final over the training examples
+    h'    = h_final + s_out · σ · (W_o a + b_o)       σ = 1 (D,), or the spread of h_final over a sample that trains
 
 Of an encoder-decoder the decoder's one row also hears, at each block, what the encoder's READ made of the tokens that the
 frozen decoder attends to there (A_l: its cross-attention, averaged over heads; r^e: the encoder's READ after its last block):

@@ -101,9 +101,11 @@ def test_training_from_the_cache_is_training_in_the_loop(tmp_path, opened, name,
     labels = torch.arange(24) % 3
     read = cached(tmp_path, backbone, examples, rule, labels)
     held = [read(batch, list(states)) for batch in batches]
-    here.standardise_states(held)
     there = copy.deepcopy(here)
     loop = attach(backbone, there, states, rule)
+    here.standardise_states(held)
+    there.standardise_states(loop.batch(examples.collate(np.array(batch))) for batch in batches)
+    torch.testing.assert_close((here.centre, here.spread), (there.centre, there.spread), **CLOSE)
     assert {id(p) for p in loop.parameters()} == {id(p) for p in there.parameters()}
     optimisers = [torch.optim.AdamW(head.parameters(), lr=3e-3) for head in (here, there)]
     with torch.inference_mode():

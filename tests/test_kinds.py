@@ -8,7 +8,7 @@ from PIL import Image
 from test_commands import FAST, call
 
 import store
-from pipeline import runs
+from pipeline import fitting, runs
 from stages import inputs, sources, tasks
 from stages.loader import Loader
 from stages.train import hold_out
@@ -89,17 +89,19 @@ def test_texts(capfd, said, reviews, name, inputs, choices, rule):
     ("choices", "taken"),
     [({}, True), ({"set": "read.standardise=false"}, False), ({"head": "verbalizer", "words": "bad,good"}, False)],
 )
-def test_a_classifier_takes_the_spread_of_the_states_from_what_it_trains_on(capfd, said, choices, taken):
+def test_a_classifier_takes_the_spread_of_the_states_from_what_it_trains_on(capfd, said, choices, taken, monkeypatch):
+    monkeypatch.setattr(fitting, "SAMPLE", 20)
     options = said("gpt2", **choices)
     trained = call(capfd, "train", **options, **FAST)
     head = runs.load_head(runs.find(options["store"], trained["run"], None))
     assert bool(head.centre.any()) == taken == bool((head.spread != 1).all())
     assert torch.equal(head.read.out.unit, head.spread)
-    if taken:  # fewer examples than the sample: all that train, and no other
+    if taken:  # the first of those that train
         cache = store.open(options["store"] / "caches" / trained["fingerprints"]["train"])
         fit, _ = hold_out(cache.column("label")[0], 0.1, 0)
-        final = np.stack([cache.rows(number)[0, -1] for number in fit])
+        final = np.stack([cache.rows(number)[0, -1] for number in fit[:20]])
         torch.testing.assert_close(head.centre, torch.from_numpy(final.mean(0)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(head.spread, torch.from_numpy(final.std(0)), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(

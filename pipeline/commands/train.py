@@ -28,7 +28,8 @@ def run(config: Train, show: Show) -> dict[str, Any]:
     shape = shape_of(config, task, recipe, width=opened.caches[task.train].manifest.counts["width"])
     answers = label_words(config, opened, shape)
     loaded = fitting.loaders(config, opened, config.seed, list(shape.states), device)
-    head = fitting.fresh(opened, shape, answers, loaded.fit, config.seed)
+    with _clock(seconds, "train"):
+        head = fitting.fresh(opened, shape, answers, loaded.fit, config.seed)
     parameters = {"read": count(head.read), "head": count(head) - count(head.read)}
     show.line(
         f"{task.name}: {len(loaded.fit):,} examples train, {len(loaded.choose):,} ({config.schedule.hold_out:.0%} of train, "
@@ -91,4 +92,4 @@ def _clock(into: dict[str, float], phase: str) -> Iterator[None]:
     """Seconds of one phase."""
     begun = time.perf_counter()
     yield
-    into[phase] = time.perf_counter() - begun
+    into[phase] = into.get(phase, 0.0) + time.perf_counter() - begun
