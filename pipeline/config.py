@@ -107,8 +107,9 @@ class ReadOptions(_Frozen):
     """s_in: scale of the normed inputs"""
     scale_out: float = 1.0
     """s_out: scale of the correction"""
-    standardise: bool = True
-    """whether a classifier or regressor reads the states in units of their spread over a sample that trains; else as they are"""
+    standardise: bool | None = None
+    """whether a classifier or regressor reads the states in units of their spread over a sample that trains, or as they are;
+    where left out: for images"""
     dropout: Share = 0.1
     """in the head"""
 

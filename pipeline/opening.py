@@ -86,7 +86,7 @@ def shape_of(config: Train, task: Task, recipe: Recipe, width: int = 1, **more: 
     return Shape(
         width, streams, task.outputs, pool_of(kind, rule, config.pool), config.hidden, config.cell, read.aggregate, read.initial,
         read.scale_in, read.scale_out, read.bidirectional, read.layers, config.head, read.dropout,
-        read.standardise, **more,
+        KINDS[kind].standardise if read.standardise is None else read.standardise, **more,
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class Shape:
     """the blocks that READ runs over, of those in the cache"""
     head: Literal["classifier", "verbalizer"] = "classifier"
     dropout: float = 0.1
-    standardise: bool = True
+    standardise: bool = False
     """whether the head reads the states in units of their spread; label words ask for them as they are"""
     control: str = "read"
     """what reads the states: READ, or one of `stages.controls`"""

@@ -87,7 +87,11 @@ def test_texts(capfd, said, reviews, name, inputs, choices, rule):
 
 @pytest.mark.parametrize(
     ("choices", "taken"),
-    [({}, True), ({"set": "read.standardise=false"}, False), ({"head": "verbalizer", "words": "bad,good"}, False)],
+    [
+        ({}, False),
+        ({"set": "read.standardise=true"}, True),
+        ({"head": "verbalizer", "words": "bad,good", "set": "read.standardise=true"}, False),
+    ],
 )
 def test_a_classifier_takes_the_spread_of_the_states_from_what_it_trains_on(capfd, said, choices, taken, monkeypatch):
     monkeypatch.setattr(fitting, "SAMPLE", 20)

@@ -70,7 +70,8 @@ PROBE = "linear probe"
 VARIANTS: dict[str, dict[str, Any]] = {
     PROBE: {},
     "default": {},
-    "states as they are": {"read": {"standardise": False}},
+    "standardised": {"read": {"standardise": True}},
+    "not standardised": {"read": {"standardise": False}},
     "lr 0.0003": {"lr": 3e-4},
     "lr 0.003": {"lr": 3e-3},
     "20 epochs": {"epochs": 20},
