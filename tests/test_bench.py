@@ -34,5 +34,9 @@ def test_variants_are_compared_on_training_data_alone(capfd, said, tmp_path):  #
 @pytest.mark.parametrize(("words", "error"), [(["recipe"], "unknown bench 'recipe'; known: glue, recipes")])
 def test_what_is_not_there_is_answered_with_what_is(capfd, said, words, error):  # noqa: F811
     assert error in call(capfd, "bench", *words, **said, status=2)["error"]
+    assert "unknown task 'sst3'" in call(capfd, "bench", "recipes", **said | {"task": "sst3"}, status=2)["error"]
+    some = call(capfd, "bench", "recipes", **said, **FAST, seeds=1, only="default,blocks 4-6,verbalizer")
+    assert [row["variant"] for row in some["rows"]] == ["default"]
+    assert "layer 4" in some["left_out"]["blocks 4-6"] and "output embedding" in some["left_out"]["verbalizer"]
     wrong = call(capfd, "bench", "recipes", **said, only="default,hiden 64", status=2)["error"]
     assert "unknown variant 'hiden 64'; known: linear probe, default" in wrong

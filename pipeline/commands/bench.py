@@ -90,6 +90,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mingru": {"cell": "mingru"},
     "rnn": {"cell": "rnn"},
     "all tokens": {"tokens": "all"},
+    "all tokens, their mean": {"tokens": "all", "pool": "mean"},
+    "verbalizer": {"head": "verbalizer"},
     "first token": {"tokens": "first"},
 }
 """what may be better than the defaults, one change at a time"""
@@ -104,7 +106,7 @@ def recipes(config: Bench, show: Show) -> dict[str, Any]:
     for name in asked:
         if name not in VARIANTS:
             raise Refused(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}")
-    device, rows = pick(config.device), []
+    device, rows, left_out = pick(config.device), [], {}
     for name in asked:
         scores: dict[str, list[float]] = {}
         try:
@@ -113,6 +115,7 @@ def recipes(config: Bench, show: Show) -> dict[str, Any]:
                 opened = open_caches(own, check(own), Show(to_stderr=True))
                 scores[task] = [_held_out(own, opened, seed, device, name == PROBE) for seed in range(config.seeds)]
         except Refused as error:  # a token rule or a block that this backbone does not have
+            left_out[name] = str(error)
             show.line(f"{name:20} left out: {error}")
             continue
         means = {task: float(np.mean(values)) for task, values in scores.items()}
@@ -120,7 +123,9 @@ def recipes(config: Bench, show: Show) -> dict[str, Any]:
         show.line(
             f"{name:20} " + "  ".join(f"{task} {value:.4f}" for task, value in means.items()) + f"  mean {rows[-1]['mean']:.4f}"
         )
-    return {"rows": rows}
+    if not rows:  # it is no variant that is wrong
+        raise Refused(next(iter(left_out.values())))
+    return {"rows": rows, "left_out": left_out}
 
 
 def _changed(config: Bench, task: str, changes: dict[str, Any]) -> Train:
