@@ -101,8 +101,8 @@ def lay_out(config: Inputs, task: Task, anatomy: Anatomy, reading: Reading, spli
     kept = selection.kept(examples.lengths, found["tokens"])
     states = recipe.states(found)
     main, *beside = states
-    state_bytes = sum(np.dtype(d).itemsize for d in codec(config.codec).dtypes.values()) * anatomy.width
-    placement = layout.place(kept, state_bytes * len(states[main]), recipe.CHUNK_BYTES)
+    row_bytes = codec(config.codec).state_bytes(anatomy.width) * len(states[main])
+    placement = layout.place(kept, row_bytes, recipe.CHUNK_BYTES)
     arrays = layout.state_arrays(main, config.codec, placement, states[main], anatomy.width)
     tables: dict[str, texts.Table] = {
         "examples/start": (placement.start, {}),

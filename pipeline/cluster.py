@@ -1,4 +1,4 @@
-"""Map a function over parts: in this process, or on the workers of a dask cluster. Sole home of dask."""
+"""Map a function over parts on the workers of a dask cluster. Sole home of dask."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -11,14 +11,11 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 
-def run_parts(build: Callable[[P], R], parts: Iterable[P], scheduler: str | None) -> Iterator[R]:
+def run_parts(build: Callable[[P], R], parts: Iterable[P], scheduler: str) -> Iterator[R]:
     """The results as they come. `build` is a pure function of its part, so where and in which order does not matter.
 
-    scheduler: a dask scheduler's address, or None for this process. Raises Refused where it does not answer.
+    scheduler: a dask scheduler's address. Raises Refused where it does not answer.
     """
-    if scheduler is None:
-        yield from map(build, parts)
-        return
     try:
         client = Client(scheduler, timeout=10)
     except (OSError, ValueError) as error:

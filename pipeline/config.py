@@ -45,12 +45,12 @@ class Inputs(_OnDevice):
     data: Place | None = None
     """folder with <task>/<split>.parquet, .csv or .jsonl; where left out: the hub, or the task's own files"""
     tokens: str | None = None
-    """which tokens of an example are kept: all, first, last, or their mean; where left out, by the kind of backbone: the mean
-    of an encoder's, a decoder's last, all of an encoder-decoder's, an image's first (class) token"""
+    """which tokens of an example are kept: all, first, last, their mean, or first+mean; where left out, by the kind of backbone:
+    the mean of an encoder's, a decoder's last, all of an encoder-decoder's, an image's first (class) token"""
     layers: Layers = "all"
     """which depths are kept: all, or numbers and ranges such as 0,2,4-6 (0 is the embedding)"""
     codec: str = "bf16"
-    """how states are stored: fp32 or bf16"""
+    """how states are stored: fp32, bf16, int8 or int4; with +blosc behind it (bf16+blosc) compressed too, for cold storage"""
     max_length: Annotated[int, Field(ge=2)] = 128
     """longest text, in tokens; longer ones are cut"""
     prompt: str | None = None
@@ -129,6 +129,20 @@ class ScheduleOptions(_Frozen):
     """share of the train split that chooses the epoch and is not trained on"""
 
 
+class ReadingOptions(_Frozen):
+    """How stage two reads caches, for the YAML file and --set reading.…"""
+
+    access: Literal["auto", "memory", "random", "windows"] = "auto"
+    """memory: decoded once and kept; random: rows of any examples, mapped; windows: whole chunks, some at a time; auto: memory
+    up to the limit, random on a fast local disk, else windows"""
+    memory_bytes: Annotated[int, Field(ge=0)] = 2 << 30
+    """what a run's caches may take, decoded, where auto is to keep them in memory, in bytes"""
+    window_bytes: Count = 1 << 30
+    """of one window, in bytes; at most two are in memory"""
+    readers: Count = 2
+    """threads that read ahead"""
+
+
 class Train(_Spread):
     """Stage two: train a READ from the cache; extracts first only what is missing."""
 
@@ -154,6 +168,8 @@ class Train(_Spread):
     """less common choices of READ"""
     schedule: ScheduleOptions = ScheduleOptions()
     """less common choices of training"""
+    reading: ReadingOptions = ReadingOptions()
+    """how caches are read"""
 
 
 class Ablate(Train):
@@ -246,7 +262,7 @@ def build(model: type[C], file: Path | None, sets: list[str], options: Mapping[s
 
 def _explain(error: ValidationError, model: type[_Frozen]) -> str:
     group = error.errors()[0]["loc"][0]
-    groups: dict[str, type[_Frozen]] = {"read": ReadOptions, "schedule": ScheduleOptions}
+    groups: dict[str, type[_Frozen]] = {"read": ReadOptions, "schedule": ScheduleOptions, "reading": ReadingOptions}
     return explain(error, groups.get(str(group), model))
 
 

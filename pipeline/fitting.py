@@ -8,6 +8,7 @@ import torch
 
 from pipeline.config import Train
 from pipeline.opening import Opened
+from stages.access import Access, Choice, choose
 from stages.evaluate import say, score
 from stages.heads import Head
 from stages.loader import Loader
@@ -37,6 +38,13 @@ class Fitted(NamedTuple):
     metrics: dict[str, dict[str, float]]
 
 
+def reading(config: Train, opened: Opened, streams: list[str], device: torch.device) -> Choice:
+    """How the caches of a run are read, all in the same way."""
+    said = config.reading
+    access = Access(said.access, said.memory_bytes, said.window_bytes, said.readers)
+    return choose(access, opened.caches.values(), streams, device)
+
+
 def loaders(config: Train, opened: Opened, seed: int, streams: list[str], device: torch.device) -> Loaders:
     """Split the train cache by the seed, and load what the head reads. Raises Refused where there is nothing to learn."""
     task, labels = opened.task, opened.labels
@@ -45,8 +53,10 @@ def loaders(config: Train, opened: Opened, seed: int, streams: list[str], device
         only = task.classes[labels[task.train][fit][0]] if task.classes else ""
         raise Refused(f"every training label is {only!r}: there is nothing to tell apart; raise LIMIT, or mend the data")
 
+    access = reading(config, opened, streams, device).access
+
     def load(split: str, examples: np.ndarray, batch: int) -> Loader:
-        return Loader(opened.caches[split], examples, labels[split], batch, device, streams)
+        return Loader(opened.caches[split], examples, labels[split], batch, device, streams, access)
 
     scored = {split: load(split, labelled(labels[split]), EVALUATION_BATCH) for split in task.evaluation}
     return Loaders(load(task.train, fit, config.batch), load(task.train, choose, EVALUATION_BATCH), scored)
@@ -61,7 +71,9 @@ def fresh(opened: Opened, shape: Shape, answers: torch.Tensor | None, fit: Loade
     head.to(fit.device)
     if shape.standardise and shape.head != "verbalizer":
         # the cache lies in shuffled order: its first examples are a random sample
-        sample = Loader(fit.cache, np.sort(fit.examples)[:SAMPLE], fit.labels, EVALUATION_BATCH, fit.device, fit.streams)
+        sample = Loader(
+            fit.cache, np.sort(fit.examples)[:SAMPLE], fit.labels, EVALUATION_BATCH, fit.device, fit.streams, fit.access
+        )
         head.standardise_states(sample.in_order())
     return head
 

@@ -62,7 +62,7 @@ def save(root: Path, task: Task, name: str, shape: Shape, head: Head, told: dict
 
 def new_name(shape: Shape, tokens: str, seed: int) -> str:
     """A name that says when and what: 20260131-093000-gru256-mean-s0."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{shape.cell}{shape.hidden}-{tokens}-s{seed}"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{shape.cell}{shape.hidden}-{tokens.replace('+', '-')}-s{seed}"
 
 
 def listing(root: Path) -> Iterator[Run | Damaged]:

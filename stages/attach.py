@@ -7,6 +7,7 @@ from stages.backbone import Backbone
 from stages.extract import rows
 from stages.heads import Batch, Head
 from stages.packing import unpack
+from store.errors import Refused
 
 
 class Attached(nn.Module):
@@ -26,11 +27,18 @@ class Attached(nn.Module):
         return self.head.loss(self.batch(inputs)._replace(labels=labels.to(self.backbone.device)))
 
     def batch(self, inputs: dict[str, Tensor]) -> Batch:
-        """What a cache would give of these inputs: states selected, stored and read again."""
+        """What a cache would give of these inputs: states selected, stored and read again.
+
+        Raises Refused where a state is NaN or infinite.
+        """
         kept = rows(self.backbone, inputs, self.states, self.tokens, self.codec)
+        if not kept.finite:
+            raise Refused("a state of these inputs is not finite: the backbone overflows on them")
         streams = {
             stream: unpack(
-                {path.split("/")[1]: v for path, v in kept.arrays.items() if path.startswith(f"{stream}/")}, self.codec
+                {path.split("/")[1]: v for path, v in kept.arrays.items() if path.startswith(f"{stream}/")},
+                self.codec,
+                self.backbone.anatomy.width,
             )
             for stream in self.states
         }

@@ -123,7 +123,8 @@ class Backbone:
 
     def _call(self, inputs: dict[str, Tensor], attentions: bool) -> dict[str, Any]:
         """The arguments of one pass: inputs on the device; a decoder begins with its start token, and keeps no cache."""
-        moved: dict[str, Any] = {n: value.to(self.device, non_blocking=True) for n, value in _to_the_left(inputs).items()}
+        there = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
+        moved: dict[str, Any] = dict(_to_the_left(there))
         if self.anatomy.start is not None:
             start = moved["input_ids"].new_full((len(moved["input_ids"]), 1), self.anatomy.start)  # (B, 1)
             moved |= {"decoder_input_ids": start, "output_attentions": attentions}

@@ -1,6 +1,10 @@
-"""Stage one for one batch and for one chunk: inputs in, packed rows out. Writes nothing."""
+"""Stage one: inputs in, packed rows out, forward pass after forward pass. Writes nothing.
 
-from collections.abc import Callable
+Three threads work at once: one makes the inputs of the next forward pass, one runs the backbone, selects and packs on the
+device, and one (the caller's, see `Chunk`) brings rows to where they belong. None waits for the device but the last.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -8,25 +12,49 @@ import torch
 from torch import Tensor
 
 from stages import batching
+from stages.ahead import ahead
 from stages.backbone import Backbone
 from stages.images import Images
 from stages.kinds import main_stream
-from stages.packing import pack
-from stages.selection import kept, select
+from stages.packing import finite, pack
+from stages.selection import TOKENS, kept, select
 from stages.texts import Tokens
 from store.errors import Refused
-from store.layout import CROSS_ATTENTION
+from store.layout import CROSS_ATTENTION, rows_of
 
 
 class Rows(NamedTuple):
     """The kept rows of one batch, on the device."""
 
     arrays: dict[str, Tensor]
-    """array path (`encoder/values`) -> (rows, S, D), packed"""
+    """array path (`encoder/values`) -> (rows, S, …), packed"""
     lengths: dict[str, Tensor]
     """stream -> (B,) int64 rows of each example"""
     attention: Tensor | None
     """(rows of the encoder, L) of an encoder-decoder: what the decoder's row takes of each encoder token"""
+    finite: Tensor
+    """() bool: whether every state was, and is as stored"""
+
+
+class Piece(NamedTuple):
+    """The kept rows of one batch, on their way to the host."""
+
+    chunk: int
+    """whose rows they are"""
+    last: bool
+    """whether they are the last of their chunk"""
+    examples: np.ndarray
+    """(B,) which of the chunk's examples, counted from its first"""
+    arrays: dict[str, Tensor]
+    """array path -> (rows, …)"""
+    finite: Tensor
+    there: Callable[[], object]
+    """waits until they are on the host"""
+
+    @property
+    def bytes(self) -> int:
+        """Their size, in bytes."""
+        return sum(array.nbytes for array in self.arrays.values())
 
 
 def rows(backbone: Backbone, inputs: dict[str, Tensor], states: dict[str, list[str]], rule: str, codec: str) -> Rows:
@@ -39,51 +67,103 @@ def rows(backbone: Backbone, inputs: dict[str, Tensor], states: dict[str, list[s
     main = main_stream(backbone.anatomy.kind, rule)
     arrays: dict[str, Tensor] = {}
     lengths: dict[str, Tensor] = {}
+    good = []
     for stream, seen in captured.states.items():
         mask = captured.mask[stream]
-        if rule == "mean" and backbone.anatomy.prefix:
-            mask = mask & (torch.arange(mask.shape[1], device=mask.device) >= backbone.anatomy.prefix)  # patches alone
         own = rule if stream == main else "all"
-        arrays |= {f"{stream}/{name}": value for name, value in pack(select(seen, mask, own), codec).items()}
-        lengths[stream] = mask.sum(1) if own == "all" else torch.ones_like(mask[:, 0], dtype=torch.long)
+        packed = pack(select(seen, mask, own, backbone.anatomy.prefix), codec)
+        arrays |= {f"{stream}/{name}": value for name, value in packed.items()}
+        good.append(finite(packed))
+        count = TOKENS[own].rows
+        lengths[stream] = mask.sum(1) if count is None else torch.full_like(mask[:, 0], count, dtype=torch.long)
     attention = None if captured.attention is None else captured.attention[captured.mask["encoder"]]  # (r, L)
-    return Rows(arrays, lengths, attention)
+    return Rows(arrays, lengths, attention, torch.stack(good).all())
 
 
-def chunk(
+def pieces(
     backbone: Backbone,
     examples: Tokens | Images,
-    part: range,
+    parts: Iterable[tuple[int, range]],
     states: dict[str, list[str]],
     rule: str,
     codec: str,
-    told: Callable[[int], None] = lambda _: None,
+) -> Iterator[Piece]:
+    """Every batch of some chunks, each chunk's as the batch plan says. parts: a chunk's number, and its examples."""
+
+    def batches() -> Iterator[tuple[int, bool, int, np.ndarray]]:
+        for number, part in parts:
+            groups = batching.by_length(examples.lengths[part.start : part.stop])
+            for index, group in enumerate(groups):
+                yield number, index + 1 == len(groups), part.start, group
+
+    def inputs(batch: tuple[int, bool, int, np.ndarray]) -> tuple[tuple[int, bool, int, np.ndarray], dict[str, Tensor]]:
+        _, _, begin, group = batch
+        made = examples.collate(begin + group)
+        return batch, {name: value.pin_memory() for name, value in made.items()} if backbone.device.type == "cuda" else made
+
+    for (number, last, _, group), collated in ahead(inputs, batches()):
+        found = rows(backbone, collated, states, rule, codec)
+        arrays = found.arrays | ({} if found.attention is None else {CROSS_ATTENTION: found.attention})
+        fine, there = found.finite, _nothing
+        if found.finite.is_cuda:  # into pinned memory, behind the forward pass and beside the next one
+            arrays = {path: value.to("cpu", non_blocking=True) for path, value in arrays.items()}
+            fine = fine.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            there = event.synchronize
+        yield Piece(number, last, group, arrays, fine, there)
+
+
+def _nothing() -> None:
+    """What is on the host is there."""
+
+
+class Chunk:
+    """The rows of one chunk, brought to their places as they come."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        examples: Tokens | Images,
+        part: range,
+        states: Iterable[str],
+        rule: str,
+        into: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        """part: its examples. into: arrays that take its rows, at least as long; made as they are needed where left out."""
+        lengths = examples.lengths[part.start : part.stop]
+        main = main_stream(backbone.anatomy.kind, rule)
+        self.source, self.part = examples.source, part
+        self.counts = {stream: kept(lengths, rule) if stream == main else np.ones_like(lengths) for stream in states}
+        self.begin = {stream: np.cumsum(count) - count for stream, count in self.counts.items()}
+        self.arrays = into or {}
+        """array path -> (rows of the chunk, …), in the examples' order"""
+
+    def add(self, piece: Piece) -> None:
+        """Bring a batch's rows to their places. Raises Refused where a state is NaN or infinite, naming the batch's examples."""
+        piece.there()
+        if not piece.finite:
+            where = ", ".join(str(i) for i in self.source[piece.examples + self.part.start][:8])
+            raise Refused(
+                f"a state is not finite among the data set's rows {where}{'…' if len(piece.examples) > 8 else ''} (counted from "
+                f"0): the backbone overflows on them; look at these inputs, or at the checkpoint; nothing was published"
+            )
+        for path, value in piece.arrays.items():
+            block, stream = value.cpu().numpy(), path.split("/")[0]
+            count, begin = self.counts[stream], self.begin[stream]
+            if path not in self.arrays:
+                self.arrays[path] = np.empty((int(count.sum()), *block.shape[1:]), block.dtype)
+            self.arrays[path][rows_of(begin[piece.examples], count[piece.examples])] = block
+
+
+def chunk(
+    backbone: Backbone, examples: Tokens | Images, part: range, states: dict[str, list[str]], rule: str, codec: str
 ) -> dict[str, np.ndarray]:
     """The rows of a run of examples, in the examples' order: array path -> (rows, …).
 
-    told: called with the number of examples of each batch that is done. Raises Refused where a state is NaN or infinite,
-    naming the examples of its batch.
+    Raises Refused where a state is NaN or infinite, naming the examples of its batch.
     """
-    lengths = examples.lengths[part.start : part.stop]
-    main = main_stream(backbone.anatomy.kind, rule)
-    counts = {stream: kept(lengths, rule) if stream == main else np.ones_like(lengths) for stream in states}
-    ends = {stream: np.cumsum(count) for stream, count in counts.items()}
-    found: dict[str, np.ndarray] = {}
-    for batch in batching.by_length(lengths):
-        try:
-            packed = rows(backbone, examples.collate(batch + part.start), states, rule, codec)
-        except Refused as error:
-            where = ", ".join(str(i) for i in examples.source[batch + part.start][:8])
-            raise Refused(
-                f"{error} among the data set's rows {where}{'…' if len(batch) > 8 else ''} (counted from 0): the backbone "
-                f"overflows on them; look at these inputs, or at the checkpoint; nothing was written"
-            ) from None
-        place = {s: np.concatenate([np.arange(ends[s][i] - counts[s][i], ends[s][i]) for i in batch]) for s in states}
-        beside = {} if packed.attention is None else {CROSS_ATTENTION: packed.attention}
-        for path, value in (packed.arrays | beside).items():
-            block, stream = value.cpu().numpy(), path.split("/")[0]
-            if path not in found:
-                found[path] = np.empty((int(ends[stream][-1]), *block.shape[1:]), block.dtype)
-            found[path][place[stream]] = block
-        told(len(batch))
-    return found
+    found = Chunk(backbone, examples, part, states, rule)
+    for piece in pieces(backbone, examples, [(0, part)], states, rule, codec):
+        found.add(piece)
+    return found.arrays

@@ -1,38 +1,72 @@
-"""Stage two's input: chunks in a seeded order, a window of them in memory, batches from it on the device.
+"""Stage two's input: batches of a cache's examples on the device, read ahead by threads.
 
-An epoch gives every example exactly once, in an order that is a function of (seed, epoch). While batches are made of
-one window, a thread reads the next. A cache that fits into one window is read once and stays.
+An epoch gives every example exactly once, in an order that is a function of (seed, epoch), whatever the number of readers.
+How a cache is read is `stages.access`'s choice: kept in memory or at random, the order is fully random; by windows of chunks,
+it is random among the examples of a window. What is read at a time is a block of several batches, so that threads change
+hands rarely; on a GPU it goes there in one copy from pinned memory, while the step before is computed.
 """
 
-from collections.abc import Iterable, Iterator
+import functools
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from stages.access import Access, choose
+from stages.ahead import ahead
 from stages.heads import Batch
 from stages.packing import unpack
+from store.errors import Refused
+from store.layout import rows_of
 from store.order import windows
 from store.reader import Cache
 
-WINDOW_BYTES = 1 << 30
-"""of one window, in bytes; at most two are in memory"""
+BLOCK_BYTES = 8 << 20
+"""about what is read at a time, in bytes"""
+
+AUTO = Access()
+
+Stored = dict[str, np.ndarray]
+Source = Callable[[np.ndarray, str], Stored]
+"""from examples (n,) and a stream: its rows (r, S, …) by array name, as stored"""
+
+
+class Block(NamedTuple):
+    """Some batches' rows, one example behind the other, as they are stored."""
+
+    examples: np.ndarray
+    """(n,)"""
+    streams: dict[str, dict[str, Tensor]]
+    """stream -> array name -> (r, S, …); where rows are kept in memory (r,) alone: which of them"""
+    begin: np.ndarray
+    """(n + 1,) where an example's rows of the first stream begin, and how many there are"""
 
 
 class _Window:
-    """Some chunks of some streams in memory, as they are stored."""
+    """Some chunks in memory, as they are stored."""
 
     def __init__(self, cache: Cache, streams: list[str], chunks: np.ndarray) -> None:
-        self.chunks = chunks
+        self.cache = cache
         self.slot = np.full(cache.chunks, -1)
         self.slot[chunks] = np.arange(len(chunks))
-        self.arrays: dict[str, dict[str, np.ndarray]] = {stream: {} for stream in streams}
-        for stream, arrays in self.arrays.items():
-            for slot, number in enumerate(chunks):
-                for name, block in cache.chunk(int(number), stream).items():
-                    if name not in arrays:
-                        arrays[name] = np.empty((len(chunks) * len(block), *block.shape[1:]), block.dtype)
-                    arrays[name][slot * len(block) : (slot + 1) * len(block)] = block
+        self.arrays: dict[str, Stored] = {}
+        for stream in streams:
+            stored = cache.stored(stream)
+            held = {name: np.empty((len(chunks), *a.chunks), a.dtype) for name, a in stored.items()}
+            for slot, number in enumerate(chunks.tolist()):
+                for name, block in cache.chunk(number, stream).items():
+                    held[name][slot] = block
+            self.arrays[stream] = held
+
+    def gather(self, examples: np.ndarray, stream: str) -> Stored:
+        """As a cache's own."""
+        chunk, place = np.divmod(self.cache.rows_of(examples, stream), self.cache.chunk_rows(stream))
+        slot = self.slot[chunk]
+        return {name: values[slot, place] for name, values in self.arrays[stream].items()}
 
 
 class Loader:
@@ -46,25 +80,38 @@ class Loader:
         batch: int,
         device: torch.device,
         streams: Iterable[str] | None = None,
-        window_bytes: int = WINDOW_BYTES,
+        access: Access = AUTO,
     ) -> None:
         """
         examples: (n,) which of the cache's examples. labels: (N,) of all of them. batch: B. streams: those that are read,
-        the cache's main one where left out; `rows` of a batch are of the first.
+        the cache's main one where left out; `rows` of a batch are of the first. access: how, settled here if it is `auto`.
         """
         self.cache, self.examples, self.labels = cache, examples, labels
         self.batch, self.device = batch, device
         self.streams = list(streams or [cache.main])
-        self._place = {stream: cache.place(stream) for stream in self.streams}
-        self.per_window = max(1, window_bytes // cache.chunk_bytes(self.streams))
-        self._kept: _Window | None = None
+        self.access = choose(access, [cache], self.streams, device).access
+        stored = cache.chunk_bytes(self.streams)
+        self.per_window = max(1, self.access.window_bytes // stored) if self.access.how == "windows" else cache.chunks
+        per_batch = max(1, cache.chunks * stored * batch // len(cache.length))
+        self._block = batch * max(1, BLOCK_BYTES // per_batch)
+        self._kept: _Memory | None = None
+        self._position: dict[str, int] = {}
+        self._resume: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Batch]:
-        """Every example once, shuffled: B at a time, the last batch of a window may be smaller."""
-        return self._batches(windows(self.cache.chunk_of, self.examples, self.per_window, seed, epoch))
+        """Every example once, shuffled: B at a time, the last batch of a window may be smaller.
+
+        Where a position in this very epoch was loaded, those that come after it.
+        """
+        done = self._resume.get("done", 0) if (self._resume.get("seed"), self._resume.get("epoch")) == (seed, epoch) else 0
+        self._resume = {}
+        self._position = {"seed": seed, "epoch": epoch, "done": done}
+        for batch in self._batches(_after(windows(self.cache.chunk_of, self.examples, self.per_window, seed, epoch), done)):
+            self._position["done"] += len(batch.labels)
+            yield batch
 
     def in_order(self) -> Iterator[Batch]:
         """Every example once, in the order of the cache."""
@@ -72,52 +119,145 @@ class Loader:
         groups = self.cache.chunk_of[ordered] // self.per_window
         return self._batches([ordered[groups == group] for group in np.unique(groups)])
 
-    def _batches(self, groups: list[np.ndarray]) -> Iterator[Batch]:
-        with ThreadPoolExecutor(1, "read-ahead") as ahead:
-            coming = ahead.submit(self._window, groups[0])
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the epoch that is running: plain numbers and words, to be saved with a checkpoint."""
+        return self._identity() | self._position
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at a saved position: the next `epoch` of its seed and number gives what was not given yet.
+
+        Raises Refused where it is the position of another loader: other examples, batches or windows come in another order.
+        """
+        for name, mine in self._identity().items():
+            if state.get(name) != mine:
+                raise Refused(
+                    f"the saved position is of a loader with {name} {state.get(name)}, this one has {mine}; go on with the same "
+                    f"cache, examples, batch and access, or begin the epoch again"
+                )
+        self._resume = {name: int(state[name]) for name in ("seed", "epoch", "done") if name in state}
+
+    def _identity(self) -> dict[str, Any]:
+        """What fixes the order of an epoch beside its seed and number."""
+        return {
+            "cache": self.cache.fingerprint, "examples": len(self.examples), "which": zlib.crc32(self.examples.tobytes()),
+            "batch": self.batch, "per_window": self.per_window,
+        }  # fmt: skip
+
+    def blocks(self, groups: list[np.ndarray]) -> Iterator[Block]:
+        """Groups of examples, each of one window, in blocks of several batches on the host: read and not yet decoded."""
+        if self.access.how == "memory":
+            self._kept = self._kept or _Memory(self)
+        if not groups:
+            return
+        with ThreadPoolExecutor(1, "window") as pool:
+            coming = pool.submit(self._source, groups[0])
             for number, group in enumerate(groups):
-                window = coming.result()
+                source = coming.result()
                 if number + 1 < len(groups):
-                    coming = ahead.submit(self._window, groups[number + 1])
-                for begin in range(0, len(group), self.batch):
-                    yield self._gather(window, group[begin : begin + self.batch])
+                    coming = pool.submit(self._source, groups[number + 1])
+                cuts = [group[begin : begin + self._block] for begin in range(0, len(group), self._block)]
+                read = functools.partial(self._read, source)
+                del source  # or three windows would be in memory
+                yield from ahead(read, cuts, self.access.readers, self.access.readers)
+                del read
 
-    def _window(self, examples: np.ndarray) -> _Window:
-        chunks = np.unique(self.cache.chunk_of[examples])
-        if self._kept is not None and np.array_equal(self._kept.chunks, chunks):
-            return self._kept
-        window = _Window(self.cache, self.streams, chunks)
-        self._kept = window if len(np.unique(self.cache.chunk_of[self.examples])) <= self.per_window else None
-        return window
+    def _source(self, group: np.ndarray) -> Source:
+        """What gives the rows of a group of examples."""
+        if self._kept:
+            return self._kept.places
+        if self.access.how == "random":
+            return self.cache.gather
+        return _Window(self.cache, self.streams, np.unique(self.cache.chunk_of[group])).gather
 
-    def _gather(self, window: _Window, examples: np.ndarray) -> Batch:
+    def _read(self, source: Source, examples: np.ndarray) -> Block:
+        streams = {
+            stream: {name: self._pinned(values) for name, values in source(examples, stream).items()} for stream in self.streams
+        }
+        lengths = self.cache.place(self.streams[0])[1][examples]
+        return Block(examples, streams, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def _batches(self, groups: list[np.ndarray]) -> Iterator[Batch]:
+        for block in self.blocks(groups):
+            moved = {
+                stream: {name: values.to(self.device, non_blocking=True) for name, values in arrays.items()}
+                for stream, arrays in block.streams.items()
+            }
+            for begin in range(0, len(block.examples), self.batch):
+                yield self._batch(block, moved, begin, min(begin + self.batch, len(block.examples)))
+
+    def _batch(self, block: Block, moved: dict[str, dict[str, Tensor]], begin: int, end: int) -> Batch:
+        examples, rows = block.examples[begin:end], block.begin[begin : end + 1]
         main, *beside = self.streams
-        rows, owner, begin, attention = self._rows(window, examples, main)
+        own = {name: values[rows[0] : rows[-1]] for name, values in moved[main].items()}
+        # of a stream beside there is one row an example
+        single = {name: values[begin:end] for name, values in moved[beside[0]].items()} if beside else {}
         return Batch(
-            rows=rows,
-            example=self._move(owner),
-            start=self._move(begin),
-            labels=self._move(self.labels[examples]),
+            rows=self._decoded(main, own),
+            example=self._moved(np.repeat(np.arange(end - begin), np.diff(rows))),
+            start=self._moved(rows[:-1] - rows[0]),
+            labels=self._moved(self.labels[examples]),
             place=torch.from_numpy(examples),
-            decoder=self._rows(window, examples, beside[0])[0] if beside else None,
-            attention=attention if beside else None,
+            decoder=self._decoded(beside[0], single) if beside else None,
+            attention=self._attention(own) if beside else None,
         )
 
-    def _rows(
-        self, window: _Window, examples: np.ndarray, stream: str
-    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, torch.Tensor | None]:
-        """Of one stream: rows (r, S, D), to which example each belongs (r,), where an example's begin (B,), attention."""
-        cache, (starts, all_lengths) = self.cache, self._place[stream]
-        lengths = all_lengths[examples]
-        begin = np.cumsum(lengths) - lengths  # (B,)
-        size = cache.chunk_rows(stream)
-        base = window.slot[cache.chunk_of[examples]] * size + starts[examples] % size
-        owner = np.repeat(np.arange(len(examples)), lengths)  # (r,)
-        place = base[owner] + np.arange(len(owner)) - begin[owner]
-        packed = {name: self._move(values[place]) for name, values in window.arrays[stream].items()}
-        attention = packed.pop("cross_attention", None)
-        return unpack(packed, cache.manifest.recipe["codec"]), owner, begin, attention
+    def _decoded(self, stream: str, stored: dict[str, Tensor]) -> Tensor:
+        """(r, S, D) float32."""
+        if self._kept:
+            return self._kept.rows[stream].index_select(0, stored["place"])
+        return unpack(stored, self.cache.codec, self.cache.width)
 
-    def _move(self, values: np.ndarray) -> torch.Tensor:
+    def _attention(self, stored: dict[str, Tensor]) -> Tensor | None:
+        if self._kept:
+            return None if self._kept.attention is None else self._kept.attention.index_select(0, stored["place"])
+        return stored.get("cross_attention")
+
+    def _pinned(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def _moved(self, values: np.ndarray) -> Tensor:
+        return self._pinned(values).to(self.device, non_blocking=True)
+
+
+class _Memory:
+    """A loader's examples, decoded once, on its device."""
+
+    def __init__(self, loader: Loader) -> None:
+        cache, ordered = loader.cache, np.sort(loader.examples)
+        self.cache = cache
+        self.attention: Tensor | None = None
+        self.rows: dict[str, Tensor] = {}
+        self.start: dict[str, np.ndarray] = {}
+        """stream -> (N,) where an example's rows begin in `rows`; of those that are not the loader's, nothing"""
+        parts = np.split(ordered, np.flatnonzero(np.diff(cache.chunk_of[ordered])) + 1)
+        for stream in loader.streams:
+            lengths = cache.place(stream)[1]
+            total = int(lengths[ordered].sum())
+            self.start[stream] = np.full(len(lengths), -1)
+            self.start[stream][ordered] = np.cumsum(lengths[ordered]) - lengths[ordered]
+            rows = torch.empty(total, len(cache.states[stream]), cache.width, device=loader.device)
+            done, size = 0, cache.chunk_rows(stream)
+            for part in parts:  # the examples of one chunk
+                block, local = cache.chunk(int(cache.chunk_of[part[0]]), stream), cache.rows_of(part, stream) % size
+                stored = {name: torch.from_numpy(values[local]).to(loader.device) for name, values in block.items()}
+                attention = stored.pop("cross_attention", None)
+                rows[done : done + len(local)] = unpack(stored, cache.codec, cache.width)
+                if attention is not None:
+                    self.attention = attention.new_empty(total, attention.shape[1]) if self.attention is None else self.attention
+                    self.attention[done : done + len(local)] = attention
+                done += len(local)
+            self.rows[stream] = rows
+
+    def places(self, examples: np.ndarray, stream: str) -> Stored:
+        """Which rows are the examples', in place of the rows themselves."""
+        return {"place": rows_of(self.start[stream][examples], self.cache.place(stream)[1][examples])}
+
+
+def _after(groups: list[np.ndarray], done: int) -> list[np.ndarray]:
+    """Groups of examples without the first `done` of them."""
+    left = []
+    for group in groups:
+        left += [group[done:]] if done < len(group) else []
+        done = max(0, done - len(group))
+    return left

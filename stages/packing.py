@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from store.errors import Refused
+from store.codecs import GROUP, ROTATION, STEP, TINY, groups, parse
 
 Packed = dict[str, Tensor]
 
@@ -16,31 +17,68 @@ class Twin(NamedTuple):
 
     pack: Callable[[Tensor], Packed]
     """(r, S, D) float32 -> arrays"""
-    unpack: Callable[[Packed], Tensor]
-    """arrays -> (r, S, D) float32"""
+    unpack: Callable[[Packed, int], Tensor]
+    """arrays and D -> (r, S, D) float32"""
 
 
-def _finite(rows: Tensor) -> Tensor:
-    if not torch.isfinite(rows).all():
-        raise Refused("a state is not finite")
-    return rows
+def _int8_pack(rows: Tensor) -> Packed:
+    scales = (rows.abs().amax(2, keepdim=True) / 127).clamp_min(float(TINY))  # (r, S, 1)
+    return {"values": (rows / scales).round().to(torch.int8), "scales": scales}
+
+
+def _rotate(rows: Tensor) -> Tensor:
+    """Hadamard's matrix on the last axis, in the order of `store.codecs`."""
+    shape, span = rows.shape, 1
+    while span < GROUP:
+        one, two = rows.reshape(*shape[:-1], GROUP // (2 * span), 2, span).unbind(-2)
+        rows = torch.stack([one + two, one - two], -2).reshape(shape)
+        span *= 2
+    return rows * float(ROTATION)
+
+
+def _int4_pack(rows: Tensor) -> Packed:
+    width = rows.shape[2]
+    filled = F.pad(rows, (0, groups(width) * GROUP - width))
+    turned = _rotate(filled.reshape(*rows.shape[:2], -1, GROUP))  # (r, S, groups, GROUP)
+    scales = (turned.abs().amax(3) * float(STEP)).clamp_min(float(TINY)).to(torch.bfloat16)
+    steps = (turned / scales.float()[..., None]).floor().clamp(-8, 7)
+    low, high = (steps + 8).to(torch.uint8).reshape(*steps.shape[:3], -1, 2).unbind(-1)
+    return {"values": (low | (high << 4)).flatten(2), "scales": scales.view(torch.uint16)}
+
+
+def _int4_unpack(packed: Packed, width: int) -> Tensor:
+    values, scales = packed["values"], packed["scales"].view(torch.bfloat16).float()  # (r, S, groups)
+    nibbles = torch.stack([values & 15, values >> 4], -1).reshape(*scales.shape, GROUP)
+    return _rotate((nibbles.float() - 7.5) * scales[..., None]).flatten(2)[..., :width]
 
 
 TWINS: dict[str, Twin] = {
-    "fp32": Twin(lambda rows: {"values": _finite(rows)}, lambda packed: packed["values"]),
+    "fp32": Twin(lambda rows: {"values": rows}, lambda packed, _: packed["values"]),
     "bf16": Twin(
-        # finite after rounding: the largest floats round to infinity
-        lambda rows: {"values": _finite(rows.to(torch.bfloat16)).view(torch.uint16)},
-        lambda packed: packed["values"].view(torch.bfloat16).float(),
+        lambda rows: {"values": rows.to(torch.bfloat16).view(torch.uint16)},
+        lambda packed, _: packed["values"].view(torch.bfloat16).float(),
     ),
+    "int8": Twin(_int8_pack, lambda packed, _: packed["values"].float() * packed["scales"]),
+    "int4": Twin(_int4_pack, _int4_unpack),
 }
 
 
 def pack(rows: Tensor, codec: str) -> Packed:
-    """Encode rows (r, S, D). Raises Refused where a state is NaN or infinite, or becomes so."""
-    return TWINS[codec].pack(rows)
+    """Encode rows (r, S, D)."""
+    return TWINS[parse(codec)[0]].pack(rows)
 
 
-def unpack(packed: Packed, codec: str) -> Tensor:
-    """Decode rows: (r, S, D) float32."""
-    return TWINS[codec].unpack(packed)
+def finite(packed: Packed) -> Tensor:
+    """Whether every state was finite and still is, as stored: a bool () on the device, so that nobody waits for it here.
+
+    Seen in the scales where there are any, since the largest magnitude is in them: NaN and infinity go through, and so does
+    what a rotation adds up to infinity. Where there are none, in the values: the largest floats round to infinity.
+    """
+    told = packed.get("scales", packed["values"])
+    least, most = torch.aminmax(told.view(torch.bfloat16) if told.dtype == torch.uint16 else told)
+    return torch.isfinite(least) & torch.isfinite(most)
+
+
+def unpack(packed: Packed, codec: str, width: int) -> Tensor:
+    """Decode rows: (r, S, D) float32. width: D."""
+    return TWINS[parse(codec)[0]].unpack(packed, width)

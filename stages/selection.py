@@ -1,6 +1,7 @@
 """Which tokens are kept, always by the mask, so that padding on either side ends here."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,27 +18,43 @@ def _at(states: States, index: Tensor) -> Tensor:
     return torch.stack([state.flatten(0, 1).index_select(0, index) for state in states], 1)
 
 
-def _all(states: States, mask: Tensor) -> Tensor:
+def _all(states: States, mask: Tensor, _: Tensor) -> Tensor:
     return _at(states, mask.flatten().nonzero().squeeze(1))  # (r, S, D)
 
 
-def _first(states: States, mask: Tensor) -> Tensor:
+def _first(states: States, mask: Tensor, _: Tensor) -> Tensor:
     tokens = mask.shape[1]
     return _at(states, mask.int().argmax(1) + tokens * torch.arange(len(mask), device=mask.device))  # (B, S, D)
 
 
-def _last(states: States, mask: Tensor) -> Tensor:
+def _last(states: States, mask: Tensor, _: Tensor) -> Tensor:
     tokens = mask.shape[1]
     last = tokens - 1 - mask.int().flip(1).argmax(1)
     return _at(states, last + tokens * torch.arange(len(mask), device=mask.device))  # (B, S, D)
 
 
-def _mean(states: States, mask: Tensor) -> Tensor:
-    share = (mask.float() / mask.sum(1, keepdim=True)).unsqueeze(1)  # (B, 1, T)
+def _mean(states: States, _: Tensor, content: Tensor) -> Tensor:
+    share = (content.float() / content.sum(1, keepdim=True)).unsqueeze(1)  # (B, 1, T)
     return torch.cat([share @ state.float() for state in states], 1)  # (B, S, D)
 
 
-TOKENS: dict[str, Callable[[States, Tensor], Tensor]] = {"all": _all, "first": _first, "last": _last, "mean": _mean}
+def _first_and_mean(states: States, mask: Tensor, content: Tensor) -> Tensor:
+    return torch.stack([_first(states, mask, content), _mean(states, mask, content)], 1).flatten(0, 1)  # (2B, S, D)
+
+
+class Rule(NamedTuple):
+    """One way to keep tokens."""
+
+    select: Callable[[States, Tensor, Tensor], Tensor]
+    """S × (B, T, D), which positions are real (B, T), which of them a mean is over (B, T) -> (r, S, D)"""
+    rows: int | None
+    """of an example; None: as many as it has tokens"""
+
+
+TOKENS = {
+    "all": Rule(_all, None), "first": Rule(_first, 1), "last": Rule(_last, 1), "mean": Rule(_mean, 1),
+    "first+mean": Rule(_first_and_mean, 2),
+}  # fmt: skip
 
 
 def check(rule: str) -> str:
@@ -47,11 +64,16 @@ def check(rule: str) -> str:
     return rule
 
 
-def select(states: States, mask: Tensor, rule: str) -> Tensor:
-    """Keep rows: states S × (B, T, D), mask (B, T) bool -> (r, S, D), by example, then by position."""
-    return TOKENS[check(rule)](states, mask)
+def select(states: States, mask: Tensor, rule: str, prefix: int = 0) -> Tensor:
+    """Keep rows: states S × (B, T, D), mask (B, T) bool -> (r, S, D), by example, then by position.
+
+    prefix: positions at the beginning that a mean leaves out: an image's class token and registers.
+    """
+    content = mask & (torch.arange(mask.shape[1], device=mask.device) >= prefix) if prefix else mask
+    return TOKENS[check(rule)].select(states, mask, content)
 
 
 def kept(lengths: np.ndarray, rule: str) -> np.ndarray:
     """How many rows each example keeps, (N,), given its tokens (N,)."""
-    return lengths if check(rule) == "all" else np.ones_like(lengths)
+    rows = TOKENS[check(rule)].rows
+    return lengths if rows is None else np.full_like(lengths, rows)

@@ -1,14 +1,20 @@
-"""Files that survive a crash, and their digests. Every byte of a cache reaches the disk through `write`."""
+"""Files that survive a crash, and their digests. Every byte of a cache reaches the disk through `put`."""
 
 import contextlib
 import hashlib
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
+
+import numpy as np
 
 WORTH_REMEMBERING = 16 << 20
 """size from which a file's digest is remembered across processes, in bytes"""
+
+
+Piece = bytes | np.ndarray
+"""of a file: anything whose bytes lie one behind the other"""
 
 
 class Receipt(NamedTuple):
@@ -20,17 +26,33 @@ class Receipt(NamedTuple):
     """64 hex digits"""
 
 
-def write(path: Path, data: bytes | memoryview) -> Receipt:
-    """Write a whole file so that after a crash it is there with these bytes or not at all; returns its receipt."""
+def put(path: Path, *pieces: Piece, sync: bool = True) -> Receipt:
+    """Write a whole file, the pieces one behind the other, so that its name never stands for less; returns its receipt.
+
+    Its name is durable once its folder is synced. sync: whether its bytes are durable now; False where they are checked
+    before they are trusted.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    digest, size = hashlib.sha256(), 0
+    with part.open("wb", buffering=0) as file:
+        for piece in pieces:
+            left = memoryview(cast(bytes, piece)).cast("B")
+            digest.update(left)
+            size += len(left)
+            while left:
+                left = left[file.write(left) :]
+        if sync:
+            os.fsync(file.fileno())
     part.replace(path)
+    return Receipt(size, digest.hexdigest())
+
+
+def write(path: Path, data: Piece) -> Receipt:
+    """Write a whole file so that after a crash it is there with these bytes or not at all; returns its receipt."""
+    receipt = put(path, data)
     sync_folder(path.parent)
-    return Receipt(len(data), hashlib.sha256(data).hexdigest())
+    return receipt
 
 
 def sync_folder(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The format on disk, version 1, as plain data: which arrays there are, and where chunks and rows start.
 
     zarr.json                                 Zarr v3 group; its attributes say what the cache is
-    <stream>/<name>                           (R, S, D), chunks (C, S, D): `values`, and what else a codec needs
+    <stream>/<name>                           (R, S, …), chunks (C, S, …): `values`, and `scales` where a codec has them
     encoder/cross_attention                   (R, L) of an encoder-decoder: what its decoder's row takes of each encoder token
     examples/start, examples/length           (N,) where an example's rows begin, and how many they are
     examples/decoder_row                      (N,) of an encoder-decoder with both streams: where its decoder's one row is
@@ -11,21 +11,24 @@
     examples/columns/<column>                 (N,) the other columns of the data set: label, idx, …
     words/embedding                           (K, D) the label words' rows of the frozen output embedding
 
-Chunks are raw little-endian bytes in C order followed by their crc32c (4 bytes): a chunk file is the array.
+Chunks are raw little-endian bytes in C order followed by their crc32c (4 bytes): a chunk file is the array. With a codec
+`…+blosc` the bytes of states go through blosc first (zstd, bits shuffled), and then only zarr reads them.
 """
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import numpy as np
 import zarr
+from numcodecs.blosc import BITSHUFFLE, MAX_OVERHEAD, Blosc
 from zarr.abc.buffer import Buffer
-from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.storage import MemoryStore
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
+from zarr.storage import LocalStore, MemoryStore
 
-from store.codecs import codec
+from store.codecs import codec, parse
 
 FORMAT = 1
 CRC_BYTES = 4
@@ -61,10 +64,17 @@ class Array(NamedTuple):
     names: tuple[str, ...]
     """of its dimensions"""
     attributes: dict[str, Any]
+    compressed: bool = False
+    """by blosc"""
 
     def chunk_bytes(self) -> int:
-        """The size of one chunk file, in bytes."""
-        return int(np.prod(self.chunks)) * np.dtype(self.dtype).itemsize + CRC_BYTES
+        """The size of one chunk file, in bytes; of a compressed one, at most."""
+        raw = int(np.prod(self.chunks)) * np.dtype(self.dtype).itemsize
+        return raw + CRC_BYTES + (MAX_OVERHEAD if self.compressed else 0)
+
+    def fits(self, size: int) -> bool:
+        """Whether a chunk file may have that size, in bytes."""
+        return CRC_BYTES < size <= self.chunk_bytes() if self.compressed else size == self.chunk_bytes()
 
     def chunk_count(self) -> int:
         """Chunks lie along the first axis only."""
@@ -116,18 +126,25 @@ def place(lengths: np.ndarray, row_bytes: int, chunk_bytes: int) -> Placement:
     return Placement(rows, np.array(first, np.int64), start)
 
 
+def rows_of(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(r,) the rows of examples, one example behind the other. starts, lengths: (n,) where each begins, how many it has."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+
+
 def state_arrays(stream: str, codec_name: str, placement: Placement, states: list[str], width: int) -> dict[str, Array]:
-    """The arrays that hold a stream's states, by path."""
-    kind = codec(codec_name)
+    """The arrays that hold a stream's states, by path. width: D."""
+    base, compressed = parse(codec_name)
     return {
         f"{stream}/{name}": Array(
-            (placement.rows, len(states), width),
-            (placement.chunk_rows, len(states), width),
-            dtype,
+            (placement.rows, len(states), stored.width(width)),
+            (placement.chunk_rows, len(states), stored.width(width)),
+            stored.dtype,
             ("row", "state", "width"),
-            {"codec": codec_name, "meaning": kind.meaning[name], "states": states},
+            {"codec": base, "meaning": stored.meaning, "states": states},
+            compressed,
         )
-        for name, dtype in kind.dtypes.items()
+        for name, stored in codec(codec_name).arrays.items()
     }
 
 
@@ -163,10 +180,27 @@ def chunk_paths(arrays: Mapping[str, Array]) -> Iterable[tuple[str, Array]]:
             yield chunk_path(path, number, len(array.shape)), array
 
 
+_LEVEL = 5
+"""blosc's effort, 1 to 9"""
+
+
+def compress(block: np.ndarray) -> bytes:
+    """A chunk's bytes through blosc, as the metadata say."""
+    return bytes(Blosc("zstd", _LEVEL, BITSHUFFLE, typesize=block.dtype.itemsize).encode(block))
+
+
+def read_with_zarr(folder: Path, path: str, number: int) -> np.ndarray:
+    """One chunk as zarr reads it, checksum included. A missing file reads as zeros, in every version: check that it is there."""
+    found = zarr.open_array(LocalStore(folder, read_only=True), path=path, mode="r", zarr_format=3)
+    first, *others = found.chunks
+    return np.asarray(found[(slice(number * first, (number + 1) * first), *(slice(None) for _ in others))])
+
+
 def metadata(arrays: Mapping[str, Array], attributes: dict[str, Any]) -> dict[str, bytes]:
     """Every zarr.json of the group, by path, as zarr itself writes it."""
     held: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(held), zarr_format=3, attributes=attributes)
+    blosc = [BloscCodec(cname="zstd", clevel=_LEVEL, shuffle="bitshuffle")]
     for path, array in arrays.items():
         group.create_array(
             path,
@@ -174,7 +208,7 @@ def metadata(arrays: Mapping[str, Array], attributes: dict[str, Any]) -> dict[st
             chunks=array.chunks,
             dtype=array.dtype,
             serializer=BytesCodec(endian="little" if np.dtype(array.dtype).itemsize > 1 else None),
-            compressors=[Crc32cCodec()],
+            compressors=[*blosc, Crc32cCodec()] if array.compressed else [Crc32cCodec()],
             filters=None,
             fill_value=0,
             chunk_key_encoding={"name": "default", "separator": "."},

@@ -1,7 +1,7 @@
 """Open a cache and give its chunks and its examples. Not order, batches or torch.
 
-Opening checks every object of the manifest for presence and size and the small ones for their digest; reading a
-chunk checks its crc32c. A missing or altered byte raises Damaged; it never reads as zeros.
+Opening checks every object of the manifest for presence and size and the small ones for their digest; a chunk's crc32c is
+checked before its first use. A missing or altered byte raises Damaged; it never reads as zeros.
 """
 
 import json
@@ -18,24 +18,30 @@ from store.codecs import codec
 from store.errors import Damaged
 from store.layout import Array
 from store.manifest import Manifest
+from store.mapped import Mapped
 
-_DTYPES = {"uint8": "|u1", "uint16": "<u2", "int32": "<i4", "int64": "<i8", "float32": "<f4", "float64": "<f8"}
+_DTYPES = {"int8": "|i1", "uint8": "|u1", "uint16": "<u2", "int32": "<i4", "int64": "<i8", "float32": "<f4", "float64": "<f8"}
 
 
 class Cache:
-    """One published cache, open for reading."""
+    """One published cache, open for reading. Threads may share it, workers may be forked with it or be sent it."""
 
     def __init__(self, path: Path, described: Manifest, arrays: dict[str, Array]) -> None:
         self.path = path
         self.manifest = described
         self.arrays = arrays
+        self._maps: dict[str, Mapped] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is mapped: another process maps for itself."""
+        return {"path": self.path, "manifest": self.manifest, "arrays": self.arrays, "_maps": {}}
 
     @property
     def fingerprint(self) -> str:
         """The hash of the recipe, 64 hex digits."""
         return self.manifest.fingerprint
 
-    @property
+    @cached_property
     def states(self) -> dict[str, list[str]]:
         """What each index of the state axis means, (S,), of each stream; the main stream comes first."""
         found = {path.split("/")[0]: a.attributes["states"] for path, a in self.arrays.items() if path.endswith("/values")}
@@ -46,11 +52,20 @@ class Cache:
         """The stream whose tokens `start` and `length` are about: encoder, decoder or image."""
         return next(iter(self.states))
 
-    def place(self, stream: str) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) where each example's rows begin in a stream, and how many they are."""
-        if stream == self.main:
-            return self.start, self.length
-        return self.table("decoder_row"), np.ones_like(self.length)
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.manifest.counts["width"]
+
+    @property
+    def codec(self) -> str:
+        """How states are stored."""
+        return str(self.manifest.recipe["codec"])
+
+    @property
+    def compressed(self) -> bool:
+        """Whether only zarr reads the states' chunks, a whole one at a time."""
+        return self.arrays[f"{self.main}/values"].compressed
 
     @cached_property
     def words(self) -> np.ndarray | None:
@@ -69,6 +84,14 @@ class Cache:
         return self.table("length")
 
     @cached_property
+    def _one_row(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.table("decoder_row"), np.ones_like(self.length)
+
+    def place(self, stream: str) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) where each example's rows begin in a stream, and how many they are."""
+        return (self.start, self.length) if stream == self.main else self._one_row
+
+    @cached_property
     def chunk_of(self) -> np.ndarray:
         """(N,) int64: the chunk in which each example lies, whole."""
         return self.start // self.chunk_rows(self.main)
@@ -83,23 +106,43 @@ class Cache:
         return self.arrays[f"{stream}/values"].chunks[0]
 
     def chunk_bytes(self, streams: Iterable[str]) -> int:
-        """The size of one chunk of some streams, in bytes."""
+        """The size of one chunk of some streams, in bytes; of compressed ones in memory."""
         return sum(array.chunk_bytes() for path, array in self.arrays.items() if path.split("/")[0] in streams)
 
-    def chunk(self, number: int, stream: str | None = None) -> dict[str, np.ndarray]:
-        """One chunk of a stream (the main one) as it is stored: array name -> (C, S, D), read-only."""
-        prefix = f"{stream or self.main}/"
-        found = {path: array for path, array in self.arrays.items() if path.startswith(prefix)}
-        return {path.removeprefix(prefix): self._read(path, number) for path in found}
+    def stored(self, stream: str) -> dict[str, Array]:
+        """The arrays of a stream, by name."""
+        prefix = f"{stream}/"
+        return {path.removeprefix(prefix): array for path, array in self.arrays.items() if path.startswith(prefix)}
+
+    def chunk(self, number: int, stream: str) -> dict[str, np.ndarray]:
+        """One chunk of a stream as it is stored: array name -> (C, S, …), read from its file and checked."""
+        return {name: self._read(f"{stream}/{name}", number) for name in self.stored(stream)}
+
+    def rows_of(self, examples: np.ndarray, stream: str) -> np.ndarray:
+        """(r,) where the rows of examples (n,) are in a stream, one example behind the other."""
+        return layout.rows_of(*(values[examples] for values in self.place(stream)))
+
+    def gather(self, examples: np.ndarray, stream: str) -> dict[str, np.ndarray]:
+        """The rows of any examples (n,) of a stream, as they are stored: array name -> (r, S, …), copies.
+
+        Straight from the mapped chunk files; of a compressed cache by way of whole chunks. Each chunk is checked before its
+        first use in a process.
+        """
+        rows = self.rows_of(examples, stream)
+        if not self.compressed:
+            return {name: self._mapped(f"{stream}/{name}").take(rows) for name in self.stored(stream)}
+        number, place = np.divmod(rows, self.chunk_rows(stream))
+        found = {name: np.empty((len(rows), *a.chunks[1:]), a.dtype) for name, a in self.stored(stream).items()}
+        for chunk in np.unique(number).tolist():
+            mine = number == chunk
+            for name, block in self.chunk(chunk, stream).items():
+                found[name][mine] = block[place[mine]]
+        return found
 
     def rows(self, example: int, stream: str | None = None) -> np.ndarray:
-        """An example's states, decoded: (its rows, S, D) float32. For a look at a few; training has its own path."""
-        stream = stream or self.main
-        start, length = (int(values[example]) for values in self.place(stream))
-        local = start % self.chunk_rows(stream)
-        kind = codec(self.manifest.recipe["codec"])
-        stored = self.chunk(int(self.chunk_of[example]), stream)
-        return kind.decode({name: stored[name][local : local + length] for name in kind.dtypes})
+        """An example's states, decoded: (its rows, S, D) float32. stream: the main one where left out."""
+        kind, stored = codec(self.codec), self.gather(np.array([example]), stream or self.main)
+        return kind.decode({name: stored[name] for name in kind.arrays}, self.width)
 
     def table(self, name: str) -> np.ndarray:
         """A whole array under examples/."""
@@ -123,17 +166,36 @@ class Cache:
     def check(self) -> None:
         """Read every chunk once. Raises Damaged for the first whose crc32c is not its own."""
         for path, array in self.arrays.items():
-            for number in range(array.chunk_count()):
-                self._read(path, number)
+            if path.startswith(layout.TABLES) or array.compressed:
+                for number in range(array.chunk_count()):
+                    self._read(path, number)
+            else:
+                self._mapped(path).check(np.arange(array.chunk_count()))
+
+    def _mapped(self, path: str) -> Mapped:
+        if path not in self._maps:
+            array = self.arrays[path]
+            places = [layout.chunk_path(path, number, len(array.shape)) for number in range(array.chunk_count())]
+            self._maps[path] = Mapped(
+                [self.path / place for place in places], array, lambda number, what: _damaged(self.path, places[number], what)
+            )
+        return self._maps[path]
 
     def _read(self, path: str, number: int) -> np.ndarray:
         array = self.arrays[path]
         place = layout.chunk_path(path, number, len(array.shape))
+        if array.compressed:
+            try:
+                found = layout.read_with_zarr(self.path, path, number)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise _damaged(self.path, place, f"zarr does not read it ({error})") from None
+            _check_size(self.path, place, self.manifest)  # after, since to zarr a missing file is zeros
+            return found
         data = _bytes(self.path, place, array.chunk_bytes())
         raw, told = data[: -layout.CRC_BYTES], data[-layout.CRC_BYTES :]
-        found = google_crc32c.value(raw).to_bytes(layout.CRC_BYTES, "little")
-        if found != told:
-            raise _damaged(self.path, place, f"its crc32c is {found.hex()}, it says {told.hex()}")
+        crc = google_crc32c.value(raw).to_bytes(layout.CRC_BYTES, "little")
+        if crc != told:
+            raise _damaged(self.path, place, f"its crc32c is {crc.hex()}, it says {told.hex()}")
         return np.frombuffer(raw, array.dtype).reshape(array.chunks)
 
 
@@ -146,9 +208,7 @@ def open(path: Path | str) -> Cache:
     described = manifest.load(folder)
     for place, receipt in described.objects.items():
         _check_place(folder, place)
-        size = _size(folder, place)
-        if size != receipt.size:
-            raise _damaged(folder, place, f"it has {size} bytes, the manifest says {receipt.size}")
+        _check_size(folder, place, described)
         if place.startswith(layout.TABLES) or place.endswith("zarr.json"):
             found = files.sha256(folder / place)
             if found != receipt.sha256:
@@ -156,7 +216,7 @@ def open(path: Path | str) -> Cache:
     read = {place: _array(folder, place) for place in described.objects if place.endswith("/zarr.json")}
     arrays = {place.removesuffix("/zarr.json"): array for place, array in read.items() if array}
     for place, array in layout.chunk_paths(arrays):
-        if place not in described.objects or described.objects[place].size != array.chunk_bytes():
+        if place not in described.objects or not array.fits(described.objects[place].size):
             raise _damaged(folder, place, f"the metadata ask for {array.chunk_bytes()} bytes, the manifest has none such")
     return Cache(folder, described, arrays)
 
@@ -166,11 +226,13 @@ def _check_place(folder: Path, place: str) -> None:
         raise _damaged(folder, place, "a path may not leave its cache")
 
 
-def _size(folder: Path, place: str) -> int:
+def _check_size(folder: Path, place: str, described: Manifest) -> None:
     try:
-        return (folder / place).stat().st_size
+        size = (folder / place).stat().st_size
     except OSError as error:
         raise _damaged(folder, place, f"it cannot be read ({error.strerror})") from None
+    if size != described.objects[place].size:
+        raise _damaged(folder, place, f"it has {size} bytes, the manifest says {described.objects[place].size}")
 
 
 def _bytes(folder: Path, place: str, size: int) -> bytes:
@@ -190,11 +252,14 @@ def _array(folder: Path, place: str) -> Array | None:
         if text["node_type"] == "group":
             return None
         codecs = [item["name"] for item in text["codecs"]]
+        compressed = codecs == ["bytes", "blosc", "crc32c"]
         keys = text["chunk_key_encoding"]["configuration"]["separator"]
-        if (text["zarr_format"], codecs, keys) != (3, ["bytes", "crc32c"], ".") or text["data_type"] not in _DTYPES:
+        known = compressed or codecs == ["bytes", "crc32c"]
+        if not known or (text["zarr_format"], keys) != (3, ".") or text["data_type"] not in _DTYPES:
             raise _damaged(folder, place, f"format 1 has no {text['data_type']} with codecs {codecs} and keys {keys!r}")
         shape, chunks = tuple(text["shape"]), tuple(text["chunk_grid"]["configuration"]["chunk_shape"])
-        return Array(shape, chunks, _DTYPES[text["data_type"]], tuple(text["dimension_names"]), text["attributes"])
+        names = tuple(text["dimension_names"])
+        return Array(shape, chunks, _DTYPES[text["data_type"]], names, text["attributes"], compressed)
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, place, f"these are no Zarr v3 metadata ({type(error).__name__}: {error})") from None
 

@@ -92,23 +92,29 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def write_object(folder: Path, path: str, data: np.ndarray, array: Array) -> Receipt:
-    """Write one chunk file of an array: raw bytes and their crc32c. A short last chunk is filled with zeros."""
-    block = np.zeros(array.chunks, array.dtype)
-    block[: len(data)] = data
-    raw = block.tobytes()
-    return files.write(folder / "cache" / path, raw + google_crc32c.value(raw).to_bytes(layout.CRC_BYTES, "little"))
+    """Write one chunk file of an array: its bytes and their crc32c. A short last chunk is filled with zeros."""
+    block: np.ndarray | bytes = data
+    if data.shape != array.chunks or data.dtype != array.dtype or not data.flags.c_contiguous:
+        block = np.zeros(array.chunks, array.dtype)
+        block[: len(data)] = data
+    if array.compressed:
+        block = layout.compress(np.asarray(block))
+    check = google_crc32c.value(block).to_bytes(layout.CRC_BYTES, "little")
+    return files.put(folder / "cache" / path, block, check)
 
 
-def write_chunk(folder: Path, number: int, data: Mapping[str, np.ndarray], arrays: Mapping[str, Array]) -> None:
-    """Write every array's file of one chunk, whole, then the receipt that says so.
+def write_chunk(folder: Path, number: int, data: Mapping[str, np.ndarray], arrays: Mapping[str, Array]) -> dict[str, Receipt]:
+    """Write every array's file of one chunk, whole, then the receipt that says so; returns the receipts by path.
 
-    data: array path -> (rows of this chunk, S, D).
+    data: array path -> (rows of this chunk, S, …), or all C rows, which spares a copy. One fsync a file: names become durable
+    by `publish`, and a receipt that a power cut takes along costs its chunk, since none is trusted unchecked.
     """
     receipts = {}
     for path, block in data.items():
         place = layout.chunk_path(path, number, len(arrays[path].shape))
         receipts[place] = write_object(folder, place, block, arrays[path])
-    files.write(folder / "receipts" / f"{number}.json", json.dumps(receipts).encode())
+    files.put(folder / "receipts" / f"{number}.json", json.dumps(receipts).encode(), sync=False)
+    return receipts
 
 
 def finished(folder: Path, number: int) -> dict[str, Receipt] | None:
@@ -148,7 +154,7 @@ def publish(root: Path, folder: Path, done: Manifest) -> Path:
     for extra in there - expected:  # a torn `.part` of a killed write
         (cache / extra).unlink()
     assert expected <= there, expected - there
-    files.write(cache / manifest.NAME, manifest.dump(done))
+    files.put(cache / manifest.NAME, manifest.dump(done))
     for path in [*(p for p in cache.rglob("*") if p.is_dir()), cache]:
         files.sync_folder(path)
     target = root / "caches" / done.fingerprint

@@ -10,6 +10,7 @@ from families import KINDS_OF
 
 import store
 from stages import extract, selection
+from stages.access import Access
 from stages.attach import attach
 from stages.kinds import KINDS, main_stream, pool_of
 from stages.loader import Loader
@@ -72,15 +73,19 @@ def cached(root, backbone, examples, rule, labels):
         for path, values in tables.items():
             objects |= writer.write_table(folder, path, values, arrays[path])
         for path, text in layout.metadata(arrays, {}).items():
-            objects[path] = files.write(folder / "cache" / path, text)
-        published = writer.publish(root, folder, manifest.Manifest(recipe, {}, {"examples": 24}, objects))
+            objects[path] = files.put(folder / "cache" / path, text)
+        published = writer.publish(root, folder, manifest.Manifest(recipe, {}, {"examples": 24, "width": 16}, objects))
     cache = store.open(published)
 
     def batch(chosen, streams):
-        loader = Loader(cache, np.array(chosen), labels.numpy(), 99, torch.device("cpu"), streams)
-        found = next(loader.in_order())
-        assert found.place.tolist() == sorted(chosen)
-        return found
+        ways = []
+        for how in ("memory", "random", "windows"):
+            loader = Loader(cache, np.array(chosen), labels.numpy(), 99, torch.device("cpu"), streams, Access(how))
+            ways.append(next(loader.in_order()))
+            assert ways[-1].place.tolist() == sorted(chosen)
+            for one, other in zip(ways[0], ways[-1], strict=True):
+                assert one is other is None or torch.equal(one, other)
+        return ways[-1]
 
     return batch
 

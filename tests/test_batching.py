@@ -39,12 +39,14 @@ def test_selection_goes_by_the_mask_whatever_the_padding_side(mask):
     assert torch.equal(select(STATES, mask, "first"), torch.stack([rows[0] for rows in own]))
     assert torch.equal(select(STATES, mask, "last"), torch.stack([rows[-1] for rows in own]))
     assert torch.allclose(select(STATES, mask, "mean"), torch.stack([rows.mean(0) for rows in own]))
+    both = torch.cat([torch.stack([rows[0], rows.mean(0)]) for rows in own])
+    assert torch.allclose(select(STATES, mask, "first+mean"), both)
 
 
 def test_how_many_rows_are_kept():
     lengths = np.array([4, 2])
     assert {rule: kept(lengths, rule).tolist() for rule in TOKENS} == {
-        "all": [4, 2], "first": [1, 1], "last": [1, 1], "mean": [1, 1]
+        "all": [4, 2], "first": [1, 1], "last": [1, 1], "mean": [1, 1], "first+mean": [2, 2],
     }  # fmt: skip
     with pytest.raises(Refused, match="unknown token rule 'some'; known: all, first, last, mean"):
         kept(lengths, "some")

@@ -206,7 +206,7 @@ def test_kill_9_and_again_ends_in_the_same_bytes(said, tmp_path, reviews):
     code = (
         "import time; from pipeline import recipe; recipe.CHUNK_BYTES = 20000\n"
         "from store import writer; write = writer.write_chunk\n"
-        "writer.write_chunk = lambda *a: (write(*a), time.sleep(0.05))\n"
+        "writer.write_chunk = lambda *a: (write(*a), time.sleep(0.05))[0]\n"
         "from pipeline.__main__ import main; main()"
     )
 
@@ -335,15 +335,15 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(capfd, said, monkey
 def test_a_disk_that_fills_is_one_line_and_the_next_run_goes_on(capfd, said, monkeypatch):
     from store import files
 
-    original = files.write
+    original = files.put
 
-    def full(path, data):
+    def full(path, *pieces, **how):
         if path.name == "manifest.json":
             raise OSError(28, "No space left on device", str(path))
-        return original(path, data)
+        return original(path, *pieces, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write", full)
+        patch.setattr(files, "put", full)
         assert "No space left on device" in call(capfd, "extract", **said, status=2)["error"]
     assert not call(capfd, "extract", **said)["splits"]["train"]["hit"]
 

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from test_writer import Toy, content
 
@@ -104,7 +106,7 @@ def test_plain_zarr_reads_it_without_our_code(whole):
     stored = np.asarray(values[:])
     start, length = np.asarray(group["examples/start"][:]), np.asarray(group["examples/length"][:])
     for example, (begin, rows) in enumerate(zip(start, length, strict=True)):
-        plain = codec("bf16").decode({"values": stored[begin : begin + rows]})
+        plain = codec("bf16").decode({"values": stored[begin : begin + rows]}, 3)
         assert np.array_equal(plain, cache.rows(example))
         assert np.array_equal(plain, Toy().expected(example))
 
@@ -115,3 +117,148 @@ def test_plain_zarr_sees_a_flipped_bit_too(mine):
     path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     with pytest.raises(ValueError, match="checksum"):
         zarr.open_group(str(mine), mode="r", zarr_format=3)["encoder/values"][:]
+
+
+CODED = ["fp32", "bf16", "int8", "int4", "bf16+blosc", "int8+blosc", "int4+blosc"]
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory):
+    """codec -> the path of a cache of the same rows."""
+    found = {}
+    for name in CODED:
+        root = tmp_path_factory.mktemp("coded")
+        Toy(name=name).build(root)
+        found[name] = Toy(name=name).path(root)
+    return found
+
+
+def zarrs_own(path, examples):
+    """The rows of examples as zarr gives them."""
+    group = zarr.open_group(str(path), mode="r", zarr_format=3)
+    start, length = np.asarray(group["examples/start"][:]), np.asarray(group["examples/length"][:])
+    places = np.concatenate([np.arange(start[e], start[e] + length[e]) for e in examples])
+    return {name: np.asarray(array[:])[places] for name, array in group["encoder"].members()}
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_rows_of_any_examples_are_those_that_zarr_reads(coded, name):
+    cache = store.open(coded[name])
+    for examples in ([0], [10, 0, 3, 3], list(range(11)), list(range(10, -1, -2))):
+        found, expected = cache.gather(np.array(examples), "encoder"), zarrs_own(coded[name], examples)
+        assert found.keys() == expected.keys() == codec(name).arrays.keys()
+        for array in expected:
+            assert found[array].dtype == expected[array].dtype and np.array_equal(found[array], expected[array])
+    for example in range(11):
+        assert np.array_equal(cache.rows(example), Toy(name=name).expected(example))
+
+
+@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("harm", ["missing", "zero", "flipped"])
+def test_harm_that_comes_after_opening_is_loud_too(coded, tmp_path, name, harm):
+    cache = store.open(shutil.copytree(coded[name], tmp_path / "cache"))
+    victim = cache.path / "encoder/values/c.1.0.0"
+    data = victim.read_bytes()
+    if harm == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(b"" if harm == "zero" else bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(Damaged, match=r"values/c\.1\.0\.0"):
+        cache.gather(np.arange(11), "encoder")
+    with pytest.raises(Damaged, match=r"values/c\.1\.0\.0"):
+        cache.check()
+
+
+def test_a_chunk_is_checked_once_and_before_its_first_use(whole, monkeypatch):
+    import google_crc32c
+
+    checked, original = [], google_crc32c.value
+    cache = store.open(whole)
+    cache.gather(np.array([0]), "encoder")  # tables and the first chunk
+    monkeypatch.setattr(google_crc32c, "value", lambda data: checked.append(len(data)) or original(data))
+    for _ in range(3):
+        cache.gather(np.arange(11), "encoder")
+    assert len(checked) == cache.chunks - 1
+
+
+def _sum(cache, example):
+    return cache.gather(np.array([example]), "encoder")["values"].astype(np.int64).sum()
+
+
+class Rows(torch.utils.data.Dataset):
+    """As a user would wrap a cache for torch's own DataLoader."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def __len__(self):
+        return len(self.cache.length)
+
+    def __getitem__(self, example):
+        return _sum(self.cache, example)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_workers_of_a_dataloader_read_the_same(whole, context):
+    cache = store.open(whole)
+    expected = [_sum(cache, example) for example in range(11)]
+    loader = torch.utils.data.DataLoader(Rows(cache), batch_size=2, num_workers=2, multiprocessing_context=context)
+    assert torch.cat(list(loader)).tolist() == expected
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_worker_checks_for_itself(mine):
+    """What the parent has seen to be whole may be harmed since."""
+    import multiprocessing
+
+    cache = store.open(mine)
+    cache.gather(np.arange(11), "encoder")
+    victim = mine / "encoder/values/c.1.0.0"
+    with victim.open("r+b") as file:  # in place: the mapping shows it
+        file.write(bytes([victim.read_bytes()[0] ^ 1]))
+    cache.gather(np.arange(11), "encoder")  # in this process it is not looked at again
+    INHERITED.append(cache)
+    with multiprocessing.get_context("fork").Pool(1) as pool, pytest.raises(Damaged, match=r"c\.1\.0\.0"):
+        pool.apply(_all)
+
+
+INHERITED: list[store.Cache] = []
+
+
+def _all():
+    INHERITED[-1].gather(np.arange(11), "encoder")
+
+
+def test_threads_read_the_same(whole):
+    from concurrent.futures import ThreadPoolExecutor
+
+    expected = [_sum(store.open(whole), example) for example in range(11)]
+    for _ in range(20):
+        cache = store.open(whole)
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(partial(_sum, cache), list(range(11)) * 4)) == expected * 4
+
+
+def test_an_opened_cache_outlives_its_folder(mine):
+    """Mapped files stay readable until they are let go: what is thrown away under a reader costs it nothing."""
+    cache = store.open(mine)
+    before = cache.gather(np.arange(11), "encoder")["values"]
+    shutil.rmtree(mine)
+    assert np.array_equal(cache.gather(np.arange(11), "encoder")["values"], before)
+
+
+def test_what_is_compressed_is_smaller_and_as_the_metadata_say(tmp_path):
+    smooth = Toy(np.full(300, 8), name="fp32")
+    smooth.rows[:] = 1.5
+    crushed = Toy(np.full(300, 8), name="fp32+blosc")
+    crushed.rows[:] = 1.5
+    sizes = []
+    for toy in (smooth, crushed):
+        toy.build(tmp_path)
+        sizes.append(sum(p.stat().st_size for p in (toy.path(tmp_path) / "encoder/values").glob("c.*")))
+    assert sizes[1] < sizes[0]
+    found = zarr.open_group(str(crushed.path(tmp_path)), mode="r", zarr_format=3)["encoder/values"]
+    assert [type(c).__name__ for c in found.compressors] == ["BloscCodec", "Crc32cCodec"]
+    assert found.compressors[0].shuffle.value == "bitshuffle" and found.compressors[0].cname.value == "zstd"
+    assert (np.asarray(found[:]) == 1.5).sum() == smooth.rows.size

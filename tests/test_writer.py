@@ -1,6 +1,7 @@
 """Building, resuming and publishing: whatever happens in between, the same bytes or none."""
 
 import itertools
+import os
 import shutil
 import threading
 
@@ -26,19 +27,20 @@ class Crash(BaseException):
 class Toy:
     """A cache to be, with known content: what a dictionary would hold."""
 
-    def __init__(self, lengths=LENGTHS, seed=0, content_seed=None):
+    def __init__(self, lengths=LENGTHS, seed=0, content_seed=None, name="bf16"):
         random = np.random.default_rng(seed if content_seed is None else content_seed)
-        self.place = layout.place(lengths, 2 * 2 * 3, 8 * 12)
+        self.place = layout.place(lengths, 2 * codec(name).state_bytes(3), 8 * 2 * codec(name).state_bytes(3))
+        self.codec = codec(name)
         self.rows = random.normal(size=(int(lengths.sum()), 2, 3)).astype(np.float32)
         self.lengths = lengths
-        self.arrays = layout.state_arrays("encoder", "bf16", self.place, STATES, 3)
+        self.arrays = layout.state_arrays("encoder", name, self.place, STATES, 3)
         self.tables = {"examples/start": self.place.start, "examples/length": lengths.astype(np.int64)}
         self.arrays |= {path: layout.flat_array(data) for path, data in self.tables.items()}
-        self.recipe = {"states": STATES, "codec": "bf16", "seed": seed}
+        self.recipe = {"states": STATES, "codec": name, "seed": seed}
 
     def expected(self, example):
         end = int(self.lengths[: example + 1].sum())
-        return codec("bf16").decode(codec("bf16").encode(self.rows[end - self.lengths[example] : end]))
+        return self.codec.decode(self.codec.encode(self.rows[end - self.lengths[example] : end]), 3)
 
     def build(self, root, only=None):
         """Build what is missing; returns the chunks that were built. only: stop after these many chunks."""
@@ -50,15 +52,15 @@ class Toy:
                         raise Crash
                     first, last = self.place.first[number], self.place.first[number + 1]
                     begin, end = int(self.lengths[:first].sum()), int(self.lengths[:last].sum())
-                    packed = codec("bf16").encode(self.rows[begin:end])
-                    writer.write_chunk(folder, number, {"encoder/values": packed["values"]}, self.arrays)
+                    packed = self.codec.encode(self.rows[begin:end])
+                    writer.write_chunk(folder, number, {f"encoder/{n}": v for n, v in packed.items()}, self.arrays)
                     built.append(number)
             objects = {p: r for n in range(self.place.chunks) for p, r in writer.finished(folder, n).items()}
             for path, data in self.tables.items():
                 objects |= writer.write_table(folder, path, data, self.arrays[path])
             for path, text in layout.metadata(self.arrays, {}).items():
-                objects[path] = files.write(folder / "cache" / path, text)
-            counts = {"examples": len(self.lengths), "rows": int(self.lengths.sum())}
+                objects[path] = files.put(folder / "cache" / path, text)
+            counts = {"examples": len(self.lengths), "rows": int(self.lengths.sum()), "width": 3}
             writer.publish(root, folder, manifest.Manifest(self.recipe, {}, counts, objects))
         return built
 
@@ -78,6 +80,24 @@ def test_a_cache_gives_back_what_a_dictionary_would(tmp_path_factory, lengths, s
     cache = store.open(toy.path(root))
     for example in range(len(lengths)):
         assert np.array_equal(cache.rows(example), toy.expected(example))
+
+
+def test_every_file_is_synced_once_and_names_when_published(tmp_path, monkeypatch):
+    """A power cut after publishing costs nothing; until then a receipt may go, and its chunk is built again."""
+    synced, original = [], os.fsync
+
+    def fsync(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}").removesuffix(".part"))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    toy = Toy()
+    toy.build(tmp_path)
+    inner = [path.split("/cache/", 1)[1] for path in synced if "/building/" in path and "/cache/" in path]
+    folders = [str(p.relative_to(toy.path(tmp_path))) for p in toy.path(tmp_path).rglob("*") if p.is_dir()]
+    assert sorted(inner) == sorted([*content(toy.path(tmp_path)), *folders])  # each once: a chunk costs one
+    assert not any("receipts" in path for path in synced)
+    assert synced[-1] == str(tmp_path / "caches")
 
 
 def test_publishing_leaves_nothing_behind(tmp_path):
@@ -126,10 +146,9 @@ def test_a_crash_at_any_step_costs_nothing(tmp_path, monkeypatch):
             return original(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            import os
             import pathlib
 
-            for owner, name in ((os, "fsync"), (os, "rename"), (pathlib.Path, "replace"), (files, "write")):
+            for owner, name in ((os, "fsync"), (os, "rename"), (pathlib.Path, "replace"), (files, "put")):
                 original = getattr(owner, name)
                 patch.setattr(owner, name, lambda *a, _o=original, **k: step(_o, *a, **k))
             try:
@@ -181,15 +200,15 @@ def test_a_builder_that_disagrees_keeps_the_published_cache_and_says_so(tmp_path
 
 
 def test_a_full_disk_leaves_finished_chunks_for_the_next_run(tmp_path, monkeypatch):
-    toy, original, count = Toy(), files.write, itertools.count()
+    toy, original, count = Toy(), files.put, itertools.count()
 
-    def full(path, data):
+    def full(path, *pieces, **how):
         if next(count) == 5:
             raise OSError(28, "No space left on device", str(path))
-        return original(path, data)
+        return original(path, *pieces, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write", full)
+        patch.setattr(files, "put", full)
         with pytest.raises(OSError, match="No space left"):
             toy.build(tmp_path)
     assert toy.build(tmp_path)[0] > 0

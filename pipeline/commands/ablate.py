@@ -80,8 +80,7 @@ def run(config: Ablate, show: Show) -> dict[str, Any]:
 
 
 def _shape(config: Ablate, opened: Opened, control: str) -> Shape:
-    width = opened.caches[opened.task.train].manifest.counts["width"]
-    return shape_of(config, opened.task, opened.recipe, width, control=control)
+    return shape_of(config, opened.task, opened.recipe, opened.caches[opened.task.train].width, control=control)
 
 
 def _probe(config: Ablate, opened: Opened, seeds: range, device: torch.device) -> Row:

@@ -139,12 +139,12 @@ def _changed(config: Bench, task: str, changes: dict[str, Any]) -> Train:
 
 def _held_out(config: Train, opened: Opened, seed: int, device: torch.device, probe: bool) -> float:
     """The score of READ, or of the probe, on a part of the train split that neither trained nor chose."""
-    shape = shape_of(config, opened.task, opened.recipe, opened.caches[opened.task.train].manifest.counts["width"])
+    shape = shape_of(config, opened.task, opened.recipe, opened.caches[opened.task.train].width)
     loaded = fitting.loaders(config, opened, seed, list(shape.states), device)
-    kept = loaded.choose.examples
+    kept = loaded.choose
     choose, held = (
-        Loader(loaded.choose.cache, part, loaded.choose.labels, loaded.choose.batch, device, loaded.choose.streams)
-        for part in (kept[::3], np.delete(kept, np.s_[::3]))
+        Loader(kept.cache, part, kept.labels, kept.batch, device, kept.streams, kept.access)
+        for part in (kept.examples[::3], np.delete(kept.examples, np.s_[::3]))
     )
     loaded = loaded._replace(choose=choose, scored={"held": held})
     if probe:

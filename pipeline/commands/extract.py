@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.build import Build
 from pipeline.cluster import run_parts
 from pipeline.commands.plan import Part, Planned, check_disk, prepare, summary
@@ -13,9 +15,14 @@ from pipeline.config import Extract
 from pipeline.recipe import Recipe
 from pipeline.show import Show, duration, size
 from stages import extract
+from stages.ahead import behind
 from stages.backbone import Backbone
 from stages.device import pick
 from store import files, layout, manifest, writer
+from store.files import Receipt
+
+QUEUE_BYTES = 64 << 20
+"""of rows that wait to be written while the backbone goes on, in bytes"""
 
 
 def run(config: Extract, show: Show, checked: Callable[[Recipe], object] | None = None) -> dict[str, Any]:
@@ -43,42 +50,64 @@ def _build(config: Extract, planned: Planned, split: str, part: Part, opened: Ba
     assert build is not None
     with writer.building(config.store, part.fingerprint) as folder:
         place = build.placement
-        receipts = {number: writer.finished(folder, number) for number in range(place.chunks)}
-        missing = [number for number, receipt in receipts.items() if receipt is None]
+        found = {number: writer.finished(folder, number) for number in range(place.chunks)}
+        done = {number: receipts for number, receipts in found.items() if receipts is not None}
+        missing = [number for number in found if number not in done]
         sizes = place.first[1:] - place.first[:-1]
         with show.progress(f"{planned.task.name} {split}", len(build.examples.source), "examples") as meter:
-            if len(missing) < place.chunks:
-                show.line(f"{split}: resuming, {place.chunks - len(missing)} of {place.chunks} chunks are there")
-                meter.skip(sum(int(sizes[number]) for number in receipts if number not in missing))
-            if opened:
-                task = functools.partial(_chunk_here, build, folder, opened, meter.add)
+            if done:
+                show.line(f"{split}: resuming, {len(done)} of {place.chunks} chunks are there")
+                meter.skip(sum(int(sizes[number]) for number in done))
+            if config.dask is None:
+                assert opened
+                done |= chunks_here(build, folder, opened, missing, meter.add)
             else:
                 task = functools.partial(_chunk_elsewhere, config, split, folder.resolve())
-            for number in run_parts(task, missing, config.dask):
-                meter.add(0 if opened else int(sizes[number]))
-        objects = {path: r for n in range(place.chunks) for path, r in (writer.finished(folder, n) or {}).items()}
+                for number, receipts in run_parts(task, missing, config.dask):
+                    done[number] = receipts
+                    meter.add(int(sizes[number]))
+        objects = {path: receipt for receipts in done.values() for path, receipt in receipts.items()}
         for path, data in build.tables.items():
             objects |= writer.write_table(folder, path, data, build.arrays[path])
         for path, text in layout.metadata(build.arrays, manifest.attributes(build.planned.recipe)).items():
-            objects[path] = files.write(folder / "cache" / path, text)
+            objects[path] = files.put(folder / "cache" / path, text)
         return writer.publish(config.store, folder, build.planned._replace(objects=objects))
 
 
-def _chunk_here(build: Build, folder: Path, backbone: Backbone, told: Callable[[int], None], number: int) -> int:
-    """Build and write one chunk; returns its number."""
-    examples = range(int(build.placement.first[number]), int(build.placement.first[number + 1]))
-    recipe = build.planned.recipe
-    data = extract.chunk(backbone, build.examples, examples, build.states, recipe["tokens"], recipe["codec"], told)
-    writer.write_chunk(folder, number, data, build.arrays)
-    return number
+def chunks_here(
+    build: Build, folder: Path, backbone: Backbone, numbers: list[int], told: Callable[[int], None] = lambda _: None
+) -> dict[int, dict[str, Receipt]]:
+    """Build and write chunks, the writing of one beside the forward passes of the next; returns their receipts.
+
+    told: called with the number of examples of each batch that is done.
+    """
+    recipe, first = build.planned.recipe, build.placement.first
+    parts = [(number, range(int(first[number]), int(first[number + 1]))) for number in numbers]
+    whole, receipts = {}, {}
+
+    def take(piece: extract.Piece) -> None:
+        if piece.chunk not in whole:
+            part = range(int(first[piece.chunk]), int(first[piece.chunk + 1]))
+            own = {path: build.arrays[path] for path in piece.arrays}
+            into = {path: np.zeros(array.chunks, array.dtype) for path, array in own.items()}
+            whole[piece.chunk] = extract.Chunk(backbone, build.examples, part, build.states, recipe["tokens"], into)
+        whole[piece.chunk].add(piece)
+        if piece.last:
+            receipts[piece.chunk] = writer.write_chunk(folder, piece.chunk, whole.pop(piece.chunk).arrays, build.arrays)
+
+    with behind(QUEUE_BYTES) as do:
+        for piece in extract.pieces(backbone, build.examples, parts, build.states, recipe["tokens"], recipe["codec"]):
+            do(piece.bytes, take, piece)
+            told(len(piece.examples))
+    return receipts
 
 
-def _chunk_elsewhere(config: Extract, split: str, folder: Path, number: int) -> int:
-    """The same on a dask worker, which lays the split out for itself, once."""
+def _chunk_elsewhere(config: Extract, split: str, folder: Path, number: int) -> tuple[int, dict[str, Receipt]]:
+    """The same for one chunk on a dask worker, which lays the split out for itself, once; returns its number and receipts."""
     planned, backbone = _opened(config.model_copy(update={"splits": split}))
     build = planned.parts[split].build
     assert build is not None
-    return _chunk_here(build, folder, backbone, lambda _: None, number)
+    return number, chunks_here(build, folder, backbone, [number])[number]
 
 
 @functools.lru_cache(maxsize=1)

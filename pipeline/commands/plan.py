@@ -136,8 +136,8 @@ def _anatomy(config: Plan, task: Task, checkpoint: sources.Checkpoint) -> tuple[
     rule = tokens_of(kind, config.tokens)
     processor, pixels = images.processor(checkpoint) if reads == "image" else (None, None)
     anatomy = describe(checkpoint.path, config.backbone, pixels)
-    if reads == "image" and rule == "first" and anatomy.prefix == 0:
-        raise Refused(f"backbone {config.backbone} has no class token, which tokens=first would keep; give TOKENS=mean or all")
+    if reads == "image" and rule.startswith("first") and anatomy.prefix == 0:
+        raise Refused(f"backbone {config.backbone} has no class token, which tokens={rule} would keep; give TOKENS=mean or all")
     return anatomy, processor
 
 

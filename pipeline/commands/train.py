@@ -16,6 +16,13 @@ from stages.device import pick
 from stages.shape import count
 from store import writer
 
+MANNER = {
+    "memory": "once, and kept in memory",
+    "random": "row by row in random order",
+    "windows": "by windows of chunks, shuffled within",
+}
+"""how caches are read, in words"""
+
 
 def run(config: Train, show: Show) -> dict[str, Any]:
     """The command `train`."""
@@ -25,8 +32,10 @@ def run(config: Train, show: Show) -> dict[str, Any]:
     with _clock(seconds, "extract"):
         opened = open_caches(config, task, show)
     task, recipe = opened.task, opened.recipe
-    shape = shape_of(config, task, recipe, width=opened.caches[task.train].manifest.counts["width"])
+    shape = shape_of(config, task, recipe, width=opened.caches[task.train].width)
     answers = label_words(config, opened, shape)
+    access, why = fitting.reading(config, opened, list(shape.states), device)
+    show.line(f"caches are read {MANNER[access.how]} ({why})")
     loaded = fitting.loaders(config, opened, config.seed, list(shape.states), device)
     with _clock(seconds, "train"):
         head = fitting.fresh(opened, shape, answers, loaded.fit, config.seed)
@@ -56,6 +65,7 @@ def run(config: Train, show: Show) -> dict[str, Any]:
         "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
         "unlabelled": opened.unlabelled,
         "unchecked": opened.unchecked,
+        "access": access.how,
         "cache_bytes": sum(cache.manifest.bytes for cache in opened.caches.values()),
     }
     told = document | {
