@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from stages.tasks import TASKS, explain
+from stages.tasks import explain
 from store.errors import Refused
 
 Count = Annotated[int, Field(ge=1)]
@@ -209,16 +209,29 @@ class Predict(_OfRun):
 
 
 class Bench(Train):
-    """Measure what the README shows: `glue` trains every GLUE task on one backbone, `recipes` compares variants of defaults."""
+    """Measure what the README shows. `extract`: stage one beside the bare forward pass. `read`: the loader beside its peers.
+    `codec`: bytes, and what a codec costs in quality. `train`: a step with loading beside one without, and memory. `all`: these
+    four. `glue` trains every GLUE task on one backbone, `recipes` compares variants of the defaults."""
 
-    what: str = "glue"
+    what: str = "all"
     """which table"""
+    task: str = ""
+    """comma-separated tasks; where left out: those of the table in the README"""
     only: str | None = None
     """of `recipes`: these variants, comma-separated"""
     seeds: Count = 3
-    """of `recipes`: how many"""
-    task: str = ",".join(name for name, task in TASKS.items() if task.hub)
-    """comma-separated tasks"""
+    """of `recipes` and `codec`: how many"""
+    repeats: Count = 5
+    """of `extract`, `read` and `train`: how often each is timed, in turn with what it is compared with; medians are told"""
+
+    def tasks(self, *default: str) -> list[str]:
+        """The tasks that are asked for."""
+        return self.task.split(",") if self.task else list(default)
+
+    def training(self, task: str, **changes: Any) -> Train:
+        """The training of one of them, with changes."""
+        said = {name: getattr(self, name) for name in Train.model_fields}
+        return Train(**said | {"task": task} | changes)
 
 
 COMMANDS: dict[str, type[_Frozen]] = {

@@ -1,158 +1,66 @@
 """Tables that the README shows, measured here and now."""
 
-import importlib
+import os
+import platform
+from collections.abc import Callable
+from importlib import import_module, metadata
 from typing import Any
 
-import numpy as np
 import torch
 
-from pipeline import fitting
-from pipeline.config import Bench, Extract, Train
-from pipeline.opening import Opened, check, label_words, open_caches, shape_of
-from pipeline.show import Show, duration, size
-from stages import baselines, tasks
+from pipeline.config import Bench
+from pipeline.show import Show
 from stages.device import pick
-from stages.loader import Loader
 from store.errors import Refused
 
-BENCH_ONLY = {"what", "only", "seeds"}
+SPEED = ("extract", "read", "train", "codec")
+"""what `all` measures"""
+QUALITY = ("glue", "recipes")
 
 
 def run(config: Bench, show: Show) -> dict[str, Any]:
     """The command `bench`."""
-    if config.what not in BENCHES:
-        raise Refused(f"unknown bench {config.what!r}; known: {', '.join(BENCHES)}")
-    return BENCHES[config.what](config, show)
+    if config.what not in ("all", *SPEED, *QUALITY):
+        raise Refused(f"unknown bench {config.what!r}; known: {', '.join(('all', *SPEED, *QUALITY))}")
+    about = machine(config.device)
+    show.line("  ".join(f"{name}: {value}" for name, value in about.items()))
+    document: dict[str, Any] = {"machine": about, "rows": [], "ratios": {}}
+    for name in SPEED if config.what == "all" else [config.what]:
+        # a peer's library is loaded only where it is measured
+        module = import_module(f"pipeline.benches.{'quality' if name in QUALITY else name}")
+        measure: Callable[[Bench, Show], dict[str, Any]] = getattr(module, name)
+        found = measure(config, show)
+        document["rows"] += found.pop("rows")
+        document["ratios"] |= found.pop("ratios", {})
+        document |= found
+    if document["ratios"]:
+        show.table(["ratio", "", "target"], [[name, value, TARGETS.get(name, "")] for name, value in document["ratios"].items()])
+    return document
 
 
-def glue(config: Bench, show: Show) -> dict[str, Any]:
-    """Each task on one backbone: scores beside the baselines, seconds of each stage, bytes for each token rule."""
-    plan, extract, train = (importlib.import_module(f"pipeline.commands.{verb}") for verb in ("plan", "extract", "train"))
-    rows = []
-    for name in config.task.split(","):
-        task = tasks.find(name)
-        own = Train(**config.model_dump(exclude=BENCH_ONLY | {"task"}), task=name)
-        stage_one = Extract.part_of(own, ",".join((task.train, *task.evaluation)))
-        sizes = {}
-        for rule in dict.fromkeys(("all", config.tokens)):
-            parts = plan.prepare(stage_one.model_copy(update={"tokens": rule})).parts.values()
-            sizes[rule or "default"] = sum(part.found.bytes for part in parts)
-        made = extract.run(stage_one, show)["splits"]
-        told = train.run(own, show)
-        split, scores = next(iter(told["metrics"].items()))
-        metric = next(iter(scores))
-        rows.append(
-            {
-                "task": name,
-                "metric": metric,
-                "examples": told["examples"][split],
-                **{what: told[what][split][metric] for what in ("majority", "linear_probe")},
-                "read": scores[metric],
-                "extract_seconds": None if all(p["hit"] for p in made.values()) else sum(p["seconds"] for p in made.values()),
-                "train_seconds": told["seconds"]["train"],
-                "bytes": sizes,
-                "run": told["run"],
-            }
-        )
-    rules = " | ".join(f"cache: {rule}" for rule in rows[0]["bytes"])
-    show.line(f"| task | metric | majority | linear probe | READ | stage one | stage two | {rules} |")
-    show.line("|---" * (7 + len(rows[0]["bytes"])) + "|")
-    for row in rows:
-        cells = [row["task"], row["metric"], *(f"{row[name]:.3f}" for name in ("majority", "linear_probe", "read"))]
-        cells += ["hit" if row["extract_seconds"] is None else duration(row["extract_seconds"]), duration(row["train_seconds"])]
-        show.line(f"| {' | '.join([*cells, *(size(count) for count in row['bytes'].values())])} |")
-    return {"rows": rows}
+TARGETS = {
+    "extract_over_forward": "≤ 1.10", "extract_mean_over_forward": "≤ 1.03", "loader_over_memmap": "≥ 0.8",
+    "loader_over_zarr": "≥ 5", "loader_over_tensorstore": "≥ 2", "loader_over_hf_datasets": "≥ 2",
+    "loader_over_best_other": "≥ 1", "step_over_in_memory": "≤ 1.05", "int8_over_bf16_bytes": "≤ 0.51",
+    "int4_over_bf16_bytes": "≤ 0.27", "loss_points_bf16": "≤ 0.1", "loss_points_int8": "≤ 0.3", "loss_points_int4": "≤ 1.0",
+    "anon_memory_8x": "≤ 1.05",
+}  # fmt: skip
+"""what is aimed at, on an idle CPU machine of two cores"""
 
 
-PROBE = "linear probe"
-"""what all variants must beat"""
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    PROBE: {},
-    "default": {},
-    "standardised": {"read": {"standardise": True}},
-    "not standardised": {"read": {"standardise": False}},
-    "lr 0.0003": {"lr": 3e-4},
-    "lr 0.003": {"lr": 3e-3},
-    "20 epochs": {"epochs": 20},
-    "batch 64 and lr 0.002": {"batch": 64, "lr": 2e-3},
-    "batch 16": {"batch": 16},
-    "hidden 64": {"hidden": 64},
-    "hidden 512": {"hidden": 512},
-    "dropout 0.3": {"read": {"dropout": 0.3}},
-    "scale_out 4": {"read": {"scale_out": 4}},
-    "aggregate last": {"read": {"aggregate": "last"}},
-    "initial embedding": {"read": {"initial": "embedding"}},
-    "blocks 4-6": {"read": {"layers": "4-6"}},
-    "bidirectional": {"read": {"bidirectional": True}},
-    "weight decay 0.1": {"schedule": {"weight_decay": 0.1}},
-    "lstm": {"cell": "lstm"},
-    "mingru": {"cell": "mingru"},
-    "rnn": {"cell": "rnn"},
-    "all tokens": {"tokens": "all"},
-    "all tokens, their mean": {"tokens": "all", "pool": "mean"},
-    "verbalizer": {"head": "verbalizer"},
-    "first token": {"tokens": "first"},
-}
-"""what may be better than the defaults, one change at a time"""
-
-HELD_OUT = 0.3
-"""share of the train split that is not trained on: a third of it chooses the epoch, two thirds compare the variants"""
+def machine(device: str) -> dict[str, Any]:
+    """Where it is measured."""
+    picked = pick(device)
+    return {
+        "processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(picked) if picked.type == "cuda" else picked.type, "system": platform.system(),
+        "python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", "numpy", "zarr")},
+    }  # fmt: skip
 
 
-def recipes(config: Bench, show: Show) -> dict[str, Any]:
-    """Variants of the defaults compared on a held-out part of train splits alone: what chose the defaults."""
-    asked = config.only.split(",") if config.only else list(VARIANTS)
-    for name in asked:
-        if name not in VARIANTS:
-            raise Refused(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}")
-    device, rows, left_out = pick(config.device), [], {}
-    for name in asked:
-        scores: dict[str, list[float]] = {}
-        try:
-            for task in config.task.split(","):
-                own = _changed(config, task, VARIANTS[name])
-                opened = open_caches(own, check(own), Show(to_stderr=True))
-                scores[task] = [_held_out(own, opened, seed, device, name == PROBE) for seed in range(config.seeds)]
-        except Refused as error:  # a token rule or a block that this backbone does not have
-            left_out[name] = str(error)
-            show.line(f"{name:20} left out: {error}")
-            continue
-        means = {task: float(np.mean(values)) for task, values in scores.items()}
-        rows.append({"variant": name, "scores": scores, "mean": float(np.mean(list(means.values())))})
-        show.line(
-            f"{name:20} " + "  ".join(f"{task} {value:.4f}" for task, value in means.items()) + f"  mean {rows[-1]['mean']:.4f}"
-        )
-    if not rows:  # it is no variant that is wrong
-        raise Refused(next(iter(left_out.values())))
-    return {"rows": rows, "left_out": left_out}
-
-
-def _changed(config: Bench, task: str, changes: dict[str, Any]) -> Train:
-    """The training of a task with a variant's changes, within its groups too."""
-    said = config.model_dump(exclude=BENCH_ONLY | {"task"})
-    said["schedule"] |= {"hold_out": HELD_OUT}
-    for name, change in changes.items():
-        said[name] = said[name] | change if isinstance(change, dict) else change
-    return Train(**said, task=task)
-
-
-def _held_out(config: Train, opened: Opened, seed: int, device: torch.device, probe: bool) -> float:
-    """The score of READ, or of the probe, on a part of the train split that neither trained nor chose."""
-    shape = shape_of(config, opened.task, opened.recipe, opened.caches[opened.task.train].width)
-    loaded = fitting.loaders(config, opened, seed, list(shape.states), device)
-    kept = loaded.choose
-    choose, held = (
-        Loader(kept.cache, part, kept.labels, kept.batch, device, kept.streams, kept.access)
-        for part in (kept.examples[::3], np.delete(kept.examples, np.s_[::3]))
-    )
-    loaded = loaded._replace(choose=choose, scored={"held": held})
-    if probe:
-        scores = baselines.beside(opened.task, *loaded, shape.pool, shape.depths)["linear_probe"]
-    else:
-        head = fitting.fresh(opened, shape, label_words(config, opened, shape), loaded.fit, seed)
-        scores = fitting.fit(head, opened, loaded, fitting.schedule(config, seed)).metrics
-    return float(scores["held"][opened.task.metrics[0]])
-
-
-BENCHES = {"glue": glue, "recipes": recipes}
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()
