@@ -34,6 +34,10 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]' >&2
 	@touch $@
 
+$(VENV)/.stamp-bench: $(VENV)/.stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,bench]' >&2
+	@touch $@
+
 plan: install ## what stage one would do, and how large it would be: TASK BACKBONE STORE DATA TOKENS LAYERS CODEC MAX_LENGTH PROMPT WORDS LIMIT SEED DEVICE SPLITS
 	@$(BIN)/readcache plan $(call options,$(INPUTS) SPLITS)
 
@@ -55,8 +59,8 @@ predict: install ## labels for new text: RUN TEXT TEXT_PAIR, or FILE=in.jsonl, o
 catalog: install ## caches and runs under STORE
 	@$(BIN)/readcache catalog $(call options,STORE)
 
-bench: install ## the tables of the README: WHAT=glue or recipes, DATA STORE TOKENS EPOCHS …
-	@$(BIN)/readcache bench $(WHAT) $(call options,$(INPUTS) $(TRAIN) ONLY SEEDS)
+bench: $(VENV)/.stamp-bench ## the tables of the README: WHAT=extract, read, train, codec (all four where left out), glue or recipes, DATA REPEATS …
+	@$(BIN)/readcache bench $(WHAT) $(call options,$(INPUTS) $(TRAIN) ONLY SEEDS REPEATS)
 
 test: $(VENV)/.stamp-dev ## all tests, offline, on the CPU: ARGS="-k store"
 	@$(BIN)/python -m pytest $(ARGS)

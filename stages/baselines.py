@@ -1,5 +1,8 @@
 """What READ must beat: the majority class and a linear probe on the backbone's own final state, from the same cache."""
 
+import tempfile
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -14,6 +17,9 @@ from stages.tasks import Task
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 """inverse regularisation of the probe; the part that chooses READ's epoch chooses among them too"""
 
+BLOCK = 4096
+"""examples that are standardised at a time"""
+
 
 def majority(task: Task, train: np.ndarray, count: int) -> np.ndarray:
     """What one would say without looking (count,): the most frequent class, or the mean."""
@@ -23,32 +29,51 @@ def majority(task: Task, train: np.ndarray, count: int) -> np.ndarray:
 
 
 def features(loader: Loader, pool: str, depths: Depths) -> tuple[np.ndarray, np.ndarray]:
-    """The final state of every example, pooled without training: (n, D) float32, and labels (n,)."""
-    found, labels = [], []
+    """The final state of every example, pooled without training: (n, D) float32 in a temporary file, mapped, and labels (n,).
+
+    So memory does not grow with the cache.
+    """
+    with tempfile.TemporaryFile() as file:  # goes when it is let go
+        found = np.memmap(file, np.float32, "w+", shape=(len(loader), loader.cache.width))
+    labels, done = [], 0
     plain = Pool("mean" if pool == "attention" else pool, 0)
     for batch in loader.in_order():
         states = batch.rows if batch.decoder is None else batch.decoder
-        found.append(plain(states[:, depths.final], batch).cpu())
+        found[done : done + len(batch.labels)] = plain(states[:, depths.final], batch).cpu().numpy()
         labels.append(batch.labels.cpu())
-    return torch.cat(found).numpy(), torch.cat(labels).numpy()
+        done += len(batch.labels)
+    return found, torch.cat(labels).numpy()
+
+
+def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
+    for begin in range(0, len(values), BLOCK):
+        yield values[begin : begin + BLOCK]
 
 
 def linear_probe(
     task: Task, train: tuple[np.ndarray, np.ndarray], choose: tuple[np.ndarray, np.ndarray], *others: np.ndarray
 ) -> list[np.ndarray]:
-    """Logistic or ridge regression on standardised features (n, D); predictions (m,) for each of the others.
+    """Logistic or ridge regression on features (n, D), which are standardised in place; predictions (m,) for each of the others.
 
     Regularisation is what scores best on `choose`.
     """
-    scaler = StandardScaler().fit(train[0])
+    scaler = StandardScaler(copy=False)
+    for block in _blocks(train[0]):
+        scaler.partial_fit(block.copy())
+    for values in (train[0], choose[0], *others):
+        for block in _blocks(values):
+            block[:] = scaler.transform(block.copy())
     fitted = []
     for strength in STRENGTHS:
-        model = Ridge(alpha=1 / strength) if task.kind == "regression" else LogisticRegression(C=strength, max_iter=300, tol=1e-3)
-        model.fit(scaler.transform(train[0]), train[1])
-        score = scores(task.metrics[:1], model.predict(scaler.transform(choose[0])), choose[1])[task.metrics[0]]
+        if task.kind == "regression":
+            model = Ridge(alpha=1 / strength, copy_X=False)  # it takes off the mean, which is 0
+        else:
+            model = LogisticRegression(C=strength, max_iter=300, tol=1e-3)
+        model.fit(train[0], train[1])
+        score = scores(task.metrics[:1], model.predict(choose[0]), choose[1])[task.metrics[0]]
         fitted.append((score, model))
     best = max(fitted, key=lambda item: item[0])[1]
-    return [best.predict(scaler.transform(other)) for other in others]
+    return [best.predict(other) for other in others]
 
 
 def beside(

@@ -20,30 +20,50 @@ from stages.access import Access, choose
 from stages.ahead import ahead
 from stages.heads import Batch
 from stages.packing import unpack
+from stages.space import Space
 from store.errors import Refused
 from store.layout import rows_of
 from store.order import windows
 from store.reader import Cache
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 16 << 20
 """about what is read at a time, in bytes"""
 
 AUTO = Access()
 
 Stored = dict[str, np.ndarray]
-Source = Callable[[np.ndarray, str], Stored]
-"""from examples (n,) and a stream: its rows (r, S, …) by array name, as stored"""
+Source = Callable[[np.ndarray, str, Stored], object]
+"""from examples (n,) and a stream: its rows (r, S, …) as stored, into arrays by name"""
 
 
 class Block(NamedTuple):
-    """Some batches' rows, one example behind the other, as they are stored."""
+    """The rows of one or several batches, one example behind the other, as they are stored."""
 
     examples: np.ndarray
     """(n,)"""
     streams: dict[str, dict[str, Tensor]]
     """stream -> array name -> (r, S, …); where rows are kept in memory (r,) alone: which of them"""
     begin: np.ndarray
-    """(n + 1,) where an example's rows of the first stream begin, and how many there are"""
+    """(n + 1,) where an example's rows of the first stream begin, and how many there are; of another each has one"""
+
+    def to(self, device: torch.device) -> "Block":
+        """On a device."""
+        moved = {
+            stream: {name: values.to(device, non_blocking=True) for name, values in arrays.items()}
+            for stream, arrays in self.streams.items()
+        }
+        return self._replace(streams=moved)
+
+    def batches(self, size: int) -> Iterator["Block"]:
+        """Cut into batches of so many examples; the last may be smaller."""
+        for begin in range(0, len(self.examples), size):
+            examples, rows = self.examples[begin : begin + size], self.begin[begin : begin + size + 1]
+            cuts = [slice(rows[0], rows[-1]), *([slice(begin, begin + size)] * (len(self.streams) - 1))]
+            streams = {
+                stream: {name: values[cut] for name, values in arrays.items()}
+                for cut, (stream, arrays) in zip(cuts, self.streams.items(), strict=True)
+            }
+            yield Block(examples, streams, rows - rows[0])
 
 
 class _Window:
@@ -62,11 +82,12 @@ class _Window:
                     held[name][slot] = block
             self.arrays[stream] = held
 
-    def gather(self, examples: np.ndarray, stream: str) -> Stored:
+    def gather(self, examples: np.ndarray, stream: str, into: Stored) -> None:
         """As a cache's own."""
-        chunk, place = np.divmod(self.cache.rows_of(examples, stream), self.cache.chunk_rows(stream))
-        slot = self.slot[chunk]
-        return {name: values[slot, place] for name, values in self.arrays[stream].items()}
+        size = self.cache.chunk_rows(stream)
+        chunk, place = np.divmod(self.cache.rows_of(examples, stream), size)
+        for name, values in self.arrays[stream].items():
+            values.reshape(-1, *values.shape[2:]).take(self.slot[chunk] * size + place, 0, into[name], "clip")
 
 
 class Loader:
@@ -94,6 +115,7 @@ class Loader:
         self.per_window = max(1, self.access.window_bytes // stored) if self.access.how == "windows" else cache.chunks
         per_batch = max(1, cache.chunks * stored * batch // len(cache.length))
         self._block = batch * max(1, BLOCK_BYTES // per_batch)
+        self._space = Space(3 * self.access.readers + 3, pinned=device.type == "cuda")
         self._kept: _Memory | None = None
         self._position: dict[str, int] = {}
         self._resume: dict[str, int] = {}
@@ -143,7 +165,7 @@ class Loader:
             "batch": self.batch, "per_window": self.per_window,
         }  # fmt: skip
 
-    def blocks(self, groups: list[np.ndarray]) -> Iterator[Block]:
+    def _blocks(self, groups: list[np.ndarray]) -> Iterator[Block]:
         """Groups of examples, each of one window, in blocks of several batches on the host: read and not yet decoded."""
         if self.access.how == "memory":
             self._kept = self._kept or _Memory(self)
@@ -161,43 +183,49 @@ class Loader:
                 yield from ahead(read, cuts, self.access.readers, self.access.readers)
                 del read
 
-    def _source(self, group: np.ndarray) -> Source:
+    def _source(self, group: np.ndarray) -> Source | None:
         """What gives the rows of a group of examples."""
         if self._kept:
-            return self._kept.places
+            return None
         if self.access.how == "random":
             return self.cache.gather
         return _Window(self.cache, self.streams, np.unique(self.cache.chunk_of[group])).gather
 
-    def _read(self, source: Source, examples: np.ndarray) -> Block:
-        streams = {
-            stream: {name: self._pinned(values) for name, values in source(examples, stream).items()} for stream in self.streams
-        }
+    def _read(self, source: Source | None, examples: np.ndarray) -> Block:
+        """source: None where rows are kept in memory."""
+        streams: dict[str, dict[str, Tensor]] = {}
+        for stream in self.streams:
+            if source is None:
+                assert self._kept
+                streams[stream] = {"place": self._pinned(self._kept.places(examples, stream))}
+                continue
+            rows = int(self.cache.place(stream)[1][examples].sum())
+            stored = self.cache.stored(stream)
+            streams[stream] = {name: self._space((rows, *a.chunks[1:]), a.dtype) for name, a in stored.items()}
+            source(examples, stream, {name: values.numpy() for name, values in streams[stream].items()})
         lengths = self.cache.place(self.streams[0])[1][examples]
         return Block(examples, streams, np.concatenate([[0], np.cumsum(lengths)]))
 
-    def _batches(self, groups: list[np.ndarray]) -> Iterator[Batch]:
-        for block in self.blocks(groups):
-            moved = {
-                stream: {name: values.to(self.device, non_blocking=True) for name, values in arrays.items()}
-                for stream, arrays in block.streams.items()
-            }
-            for begin in range(0, len(block.examples), self.batch):
-                yield self._batch(block, moved, begin, min(begin + self.batch, len(block.examples)))
+    def stored(self, seed: int, epoch: int) -> Iterator[Block]:
+        """An epoch's batches on the host, as they are stored: all that loading costs before rows are decoded on the device."""
+        for block in self._blocks(windows(self.cache.chunk_of, self.examples, self.per_window, seed, epoch)):
+            yield from block.batches(self.batch)
 
-    def _batch(self, block: Block, moved: dict[str, dict[str, Tensor]], begin: int, end: int) -> Batch:
-        examples, rows = block.examples[begin:end], block.begin[begin : end + 1]
+    def _batches(self, groups: list[np.ndarray]) -> Iterator[Batch]:
+        for block in self._blocks(groups):
+            for part in block.to(self.device).batches(self.batch):
+                yield self._decode(part)
+
+    def _decode(self, part: Block) -> Batch:
         main, *beside = self.streams
-        own = {name: values[rows[0] : rows[-1]] for name, values in moved[main].items()}
-        # of a stream beside there is one row an example
-        single = {name: values[begin:end] for name, values in moved[beside[0]].items()} if beside else {}
+        own = part.streams[main]
         return Batch(
             rows=self._decoded(main, own),
-            example=self._moved(np.repeat(np.arange(end - begin), np.diff(rows))),
-            start=self._moved(rows[:-1] - rows[0]),
-            labels=self._moved(self.labels[examples]),
-            place=torch.from_numpy(examples),
-            decoder=self._decoded(beside[0], single) if beside else None,
+            example=self._moved(np.repeat(np.arange(len(part.examples)), np.diff(part.begin))),
+            start=self._moved(part.begin[:-1]),
+            labels=self._moved(self.labels[part.examples]),
+            place=torch.from_numpy(part.examples),
+            decoder=self._decoded(beside[0], part.streams[beside[0]]) if beside else None,
             attention=self._attention(own) if beside else None,
         )
 
@@ -249,9 +277,9 @@ class _Memory:
                 done += len(local)
             self.rows[stream] = rows
 
-    def places(self, examples: np.ndarray, stream: str) -> Stored:
-        """Which rows are the examples', in place of the rows themselves."""
-        return {"place": rows_of(self.start[stream][examples], self.cache.place(stream)[1][examples])}
+    def places(self, examples: np.ndarray, stream: str) -> np.ndarray:
+        """(r,) which rows are those of examples (n,)."""
+        return rows_of(self.start[stream][examples], self.cache.place(stream)[1][examples])
 
 
 def _after(groups: list[np.ndarray], done: int) -> list[np.ndarray]:

@@ -5,6 +5,7 @@ files: they are not the process's own memory, and the system takes them back whe
 """
 
 import ctypes
+import math
 import mmap
 import os
 from collections.abc import Callable
@@ -31,20 +32,17 @@ class Mapped:
         """
         self.array, self.bad = array, bad
         self.size = array.chunk_bytes()
-        self.stride = -(-self.size // mmap.PAGESIZE) * mmap.PAGESIZE
+        row = int(np.prod(array.chunks[1:])) * np.dtype(array.dtype).itemsize
+        # files begin at pages; begun at a multiple of rows too, all of them are one array of rows, with unused ones in between
+        unit = math.lcm(mmap.PAGESIZE, row)
+        self.stride = -(-self.size // unit) * unit
         # reserved, then filled in; all of it is given back when the last array on it goes
         self._space = mmap.mmap(-1, self.stride * len(paths), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
         self._bytes = np.frombuffer(self._space, np.uint8)
         for number, path in enumerate(paths):
             self._map(number, path)
-        row = array.chunks[1:]
-        item = np.dtype(array.dtype).itemsize
-        self._rows = np.lib.stride_tricks.as_strided(
-            self._bytes[: len(self._bytes) // item * item].view(array.dtype),
-            (len(paths), array.chunks[0], int(np.prod(row))),
-            (self.stride, int(np.prod(row)) * item, item),
-            writeable=False,
-        )
+        self._rows = self._bytes.view(array.dtype).reshape(-1, *array.chunks[1:])
+        self._between = self.stride // row
         self._checked, self._process = np.zeros(len(paths), bool), os.getpid()
 
     def _map(self, number: int, path: Path) -> None:
@@ -77,11 +75,11 @@ class Mapped:
                 raise self.bad(number, f"its crc32c is {found.hex()}, it says {data[-CRC_BYTES:].tobytes().hex()}")
             self._checked[number] = True
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """A copy of rows (r,), counted over all chunks: (r, …). Their chunks are checked first where this is still to be done."""
+    def take(self, rows: np.ndarray, into: np.ndarray) -> None:
+        """Copy rows (r,), counted over all chunks, into (r, …). Their chunks are checked first where this is still to be done."""
         chunk, place = np.divmod(rows, self.array.chunks[0])
         self.check(chunk)
-        return self._rows[chunk, place].reshape(len(rows), *self.array.chunks[1:])
+        self._rows.take(chunk * self._between + place, 0, into, "clip")  # all are in range, and `clip` spares a buffer
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

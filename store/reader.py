@@ -122,17 +122,19 @@ class Cache:
         """(r,) where the rows of examples (n,) are in a stream, one example behind the other."""
         return layout.rows_of(*(values[examples] for values in self.place(stream)))
 
-    def gather(self, examples: np.ndarray, stream: str) -> dict[str, np.ndarray]:
+    def gather(self, examples: np.ndarray, stream: str, into: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """The rows of any examples (n,) of a stream, as they are stored: array name -> (r, S, …), copies.
 
         Straight from the mapped chunk files; of a compressed cache by way of whole chunks. Each chunk is checked before its
-        first use in a process.
+        first use in a process. into: arrays to copy into, new ones where left out.
         """
         rows = self.rows_of(examples, stream)
+        found = into or {name: np.empty((len(rows), *a.chunks[1:]), a.dtype) for name, a in self.stored(stream).items()}
         if not self.compressed:
-            return {name: self._mapped(f"{stream}/{name}").take(rows) for name in self.stored(stream)}
+            for name, values in found.items():
+                self._mapped(f"{stream}/{name}").take(rows, values)
+            return found
         number, place = np.divmod(rows, self.chunk_rows(stream))
-        found = {name: np.empty((len(rows), *a.chunks[1:]), a.dtype) for name, a in self.stored(stream).items()}
         for chunk in np.unique(number).tolist():
             mine = number == chunk
             for name, block in self.chunk(chunk, stream).items():

@@ -51,7 +51,7 @@ WAYS = [
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("block", [1, 8 << 20])
+@pytest.mark.parametrize("block", [1, 16 << 20])
 def test_an_epoch_gives_every_example_once_with_its_own_rows(caches, name, way, block, monkeypatch):
     monkeypatch.setattr("stages.loader.BLOCK_BYTES", block)
     cache = caches[name]

@@ -19,7 +19,7 @@ def codec(config: Bench, show: Show) -> dict[str, Any]:
     """Each codec: exact bytes of `TOKENS=all`, and the mean over tasks and seeds of each task's first metric."""
     tasks = config.tasks(*TASKS)
     bytes_of = {name: _bytes(config, tasks[0], name) for name in CODECS}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in CODECS:
         scores = {task: _scores(config, task, name, show) for task in tasks}
         every = [value for values in scores.values() for value in values]

@@ -38,14 +38,15 @@ def run(config: Extract, show: Show, checked: Callable[[Recipe], object] | None 
         else:
             if opened is None and config.dask is None:
                 opened = Backbone(planned.checkpoint.path, planned.anatomy, pick(config.device))
-            path = _build(config, planned, split, part, opened, show)
+            path = publish_split(config, planned, split, part, opened, show)
             spent = duration(time.perf_counter() - begun)
             show.line(f"{split}: published {part.fingerprint[:12]}, {size(part.found.bytes)} at {path} in {spent}")
         document["splits"][split] = summary(part, 0.0 if part.hit else time.perf_counter() - begun)
     return document
 
 
-def _build(config: Extract, planned: Planned, split: str, part: Part, opened: Backbone | None, show: Show) -> Path:
+def publish_split(config: Extract, planned: Planned, split: str, part: Part, opened: Backbone | None, show: Show) -> Path:
+    """Build and publish one split; returns its path. opened: the backbone, where chunks are built in this process."""
     build = part.build
     assert build is not None
     with writer.building(config.store, part.fingerprint) as folder:

@@ -1,0 +1,36 @@
+"""Memory to read into, used again once nobody holds it: fresh memory costs about as much as what is read into it."""
+
+import sys
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Space:
+    """Gives tensors to read into. Threads may share it."""
+
+    def __init__(self, most: int, pinned: bool) -> None:
+        """most: buffers that are kept to be used again. pinned: for copies to a GPU; torch itself uses pinned memory again."""
+        self.most, self.pinned = most, pinned
+        self._lock = threading.Lock()
+        self._kept: list[np.ndarray] = []
+
+    def __call__(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        """A tensor on the host, its numbers anything. dtype: as numpy has it."""
+        if self.pinned:
+            return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return torch.from_numpy(self._bytes(size)[:size].view(dtype).reshape(shape))
+
+    def _bytes(self, size: int) -> np.ndarray:
+        with self._lock:
+            for number in range(len(self._kept)):
+                # free is what only this list holds (and the call that counts): every view holds on to what it is of
+                if len(self._kept[number]) >= size and sys.getrefcount(self._kept[number]) == 2:
+                    return self._kept[number]
+            made = np.empty(size + size // 4, np.uint8)  # blocks differ a little in size
+            if len(self._kept) < self.most:
+                self._kept.append(made)
+            return made
