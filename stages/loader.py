@@ -69,18 +69,21 @@ class Block(NamedTuple):
 class _Window:
     """Some chunks in memory, as they are stored."""
 
-    def __init__(self, cache: Cache, streams: list[str], chunks: np.ndarray) -> None:
+    def __init__(self, cache: Cache, streams: list[str], chunks: np.ndarray, space: Space, readers: int) -> None:
         self.cache = cache
         self.slot = np.full(cache.chunks, -1)
         self.slot[chunks] = np.arange(len(chunks))
         self.arrays: dict[str, Stored] = {}
         for stream in streams:
             stored = cache.stored(stream)
-            held = {name: np.empty((len(chunks), *a.chunks), a.dtype) for name, a in stored.items()}
-            for slot, number in enumerate(chunks.tolist()):
-                for name, block in cache.chunk(number, stream).items():
-                    held[name][slot] = block
-            self.arrays[stream] = held
+            self.arrays[stream] = {name: space((len(chunks), *a.chunks), a.dtype).numpy() for name, a in stored.items()}
+
+        def read(slot: int) -> None:
+            for stream, held in self.arrays.items():
+                cache.chunk(int(chunks[slot]), stream, {name: values[slot] for name, values in held.items()})
+
+        with ThreadPoolExecutor(readers, "chunks") as pool:
+            list(pool.map(read, range(len(chunks))))
 
     def gather(self, examples: np.ndarray, stream: str, into: Stored) -> None:
         """As a cache's own."""
@@ -171,25 +174,27 @@ class Loader:
             self._kept = self._kept or _Memory(self)
         if not groups:
             return
+        space = Space(2 * sum(len(self.cache.stored(stream)) for stream in self.streams), pinned=False)
         with ThreadPoolExecutor(1, "window") as pool:
-            coming = pool.submit(self._source, groups[0])
+            coming = pool.submit(self._source, groups[0], space)
             for number, group in enumerate(groups):
                 source = coming.result()
                 if number + 1 < len(groups):
-                    coming = pool.submit(self._source, groups[number + 1])
+                    coming = pool.submit(self._source, groups[number + 1], space)
                 cuts = [group[begin : begin + self._block] for begin in range(0, len(group), self._block)]
                 read = functools.partial(self._read, source)
                 del source  # or three windows would be in memory
                 yield from ahead(read, cuts, self.access.readers, self.access.readers)
                 del read
 
-    def _source(self, group: np.ndarray) -> Source | None:
+    def _source(self, group: np.ndarray, space: Space) -> Source | None:
         """What gives the rows of a group of examples."""
         if self._kept:
             return None
         if self.access.how == "random":
             return self.cache.gather
-        return _Window(self.cache, self.streams, np.unique(self.cache.chunk_of[group])).gather
+        chunks = np.unique(self.cache.chunk_of[group])
+        return _Window(self.cache, self.streams, chunks, space, self.access.readers).gather
 
     def _read(self, source: Source | None, examples: np.ndarray) -> Block:
         """source: None where rows are kept in memory."""

@@ -5,6 +5,7 @@ checked before its first use. A missing or altered byte raises Damaged; it never
 """
 
 import json
+import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -114,9 +115,12 @@ class Cache:
         prefix = f"{stream}/"
         return {path.removeprefix(prefix): array for path, array in self.arrays.items() if path.startswith(prefix)}
 
-    def chunk(self, number: int, stream: str) -> dict[str, np.ndarray]:
-        """One chunk of a stream as it is stored: array name -> (C, S, …), read from its file and checked."""
-        return {name: self._read(f"{stream}/{name}", number) for name in self.stored(stream)}
+    def chunk(self, number: int, stream: str, into: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """One chunk of a stream as it is stored: array name -> (C, S, …), read from its file and checked.
+
+        into: arrays to read into, new ones where left out.
+        """
+        return {name: self._read(f"{stream}/{name}", number, into[name] if into else None) for name in self.stored(stream)}
 
     def rows_of(self, examples: np.ndarray, stream: str) -> np.ndarray:
         """(r,) where the rows of examples (n,) are in a stream, one example behind the other."""
@@ -183,22 +187,22 @@ class Cache:
             )
         return self._maps[path]
 
-    def _read(self, path: str, number: int) -> np.ndarray:
+    def _read(self, path: str, number: int, into: np.ndarray | None = None) -> np.ndarray:
         array = self.arrays[path]
         place = layout.chunk_path(path, number, len(array.shape))
+        found = np.empty(array.chunks, array.dtype) if into is None else into
         if array.compressed:
             try:
-                found = layout.read_with_zarr(self.path, path, number)
+                found[...] = layout.read_with_zarr(self.path, path, number)
             except (OSError, ValueError, RuntimeError) as error:
                 raise _damaged(self.path, place, f"zarr does not read it ({error})") from None
             _check_size(self.path, place, self.manifest)  # after, since to zarr a missing file is zeros
             return found
-        data = _bytes(self.path, place, array.chunk_bytes())
-        raw, told = data[: -layout.CRC_BYTES], data[-layout.CRC_BYTES :]
-        crc = google_crc32c.value(raw).to_bytes(layout.CRC_BYTES, "little")
+        told = _fill(self.path, place, found)
+        crc = google_crc32c.value(found).to_bytes(layout.CRC_BYTES, "little")
         if crc != told:
             raise _damaged(self.path, place, f"its crc32c is {crc.hex()}, it says {told.hex()}")
-        return np.frombuffer(raw, array.dtype).reshape(array.chunks)
+        return found
 
 
 def open(path: Path | str) -> Cache:
@@ -237,14 +241,18 @@ def _check_size(folder: Path, place: str, described: Manifest) -> None:
         raise _damaged(folder, place, f"it has {size} bytes, the manifest says {described.objects[place].size}")
 
 
-def _bytes(folder: Path, place: str, size: int) -> bytes:
+def _fill(folder: Path, place: str, into: np.ndarray) -> bytes:
+    """Read a raw chunk file into an array, without a copy; returns the checksum behind it."""
     try:
-        data = (folder / place).read_bytes()
+        with (folder / place).open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            got = file.readinto(into.reshape(-1).view(np.uint8).data)
+            told = file.read(layout.CRC_BYTES)
     except OSError as error:
         raise _damaged(folder, place, f"it cannot be read ({error.strerror})") from None
-    if len(data) != size:
-        raise _damaged(folder, place, f"it has {len(data)} bytes, the manifest says {size}")
-    return data
+    if size != into.nbytes + layout.CRC_BYTES or got != into.nbytes:
+        raise _damaged(folder, place, f"it has {size} bytes, the manifest says {into.nbytes + layout.CRC_BYTES}")
+    return told
 
 
 def _array(folder: Path, place: str) -> Array | None:

@@ -1,10 +1,14 @@
 """The tables of the README are made by commands that measure what they say."""
 
+import importlib.util
 import json
 
 import pytest
 from conftest import write_rows
 from test_commands import FAST, call, said  # noqa: F401
+
+from pipeline.benches.timing import in_turn, ratio
+from pipeline.commands.bench import TARGETS
 
 
 def test_each_task_beside_its_baselines(capfd, said):  # noqa: F811
@@ -31,7 +35,9 @@ def test_variants_are_compared_on_training_data_alone(capfd, said, tmp_path):  #
     assert call(capfd, "bench", "recipes", **options | {"data": tmp_path / "other"})["rows"] == rows
 
 
-@pytest.mark.parametrize(("words", "error"), [(["recipe"], "unknown bench 'recipe'; known: glue, recipes")])
+@pytest.mark.parametrize(
+    ("words", "error"), [(["recipe"], "unknown bench 'recipe'; known: all, extract, read, train, codec, glue")]
+)
 def test_what_is_not_there_is_answered_with_what_is(capfd, said, words, error):  # noqa: F811
     assert error in call(capfd, "bench", *words, **said, status=2)["error"]
     assert "unknown task 'sst3'" in call(capfd, "bench", "recipes", **said | {"task": "sst3"}, status=2)["error"]
@@ -40,3 +46,57 @@ def test_what_is_not_there_is_answered_with_what_is(capfd, said, words, error): 
     assert "layer 4" in some["left_out"]["blocks 4-6"] and "output embedding" in some["left_out"]["verbalizer"]
     wrong = call(capfd, "bench", "recipes", **said, only="default,hiden 64", status=2)["error"]
     assert "unknown variant 'hiden 64'; known: linear probe, default" in wrong
+
+
+def test_what_is_compared_is_timed_in_turn_and_the_first_round_does_not_count():
+    order = []
+    seconds = in_turn({"one": lambda: order.append(1), "two": lambda: order.append(2)}, 3)
+    assert order == [1, 2] * 4 and {name: len(spent) for name, spent in seconds.items()} == {"one": 3, "two": 3}
+    assert ratio([1, 9, 2], [2, 3, 1]) == 2  # of the rounds' ratios, not of medians
+
+
+def test_the_loader_beside_its_peers(capfd, said):  # noqa: F811
+    document = call(capfd, "bench", "read", **said, repeats=1, batch=8)
+    ways = {row["way"]: row["gigabytes_a_second"] for row in document["rows"]}
+    installed = [name for name in ("tensorstore", "h5py") if importlib.util.find_spec(name)]
+    expected = ["memmap", "zarr", "hf_datasets", "hf_datasets_numpy", "safetensors", *installed]
+    assert ways.keys() == {"loader, random", "loader, windows", *expected} and min(ways.values()) > 0
+    assert document["left_out"].keys() == {"annbatch", "tensorstore", "h5py"} - set(installed)
+    assert document["ratios"].keys() >= {
+        "loader_over_memmap",
+        "loader_over_zarr",
+        "loader_over_hf_datasets",
+        "loader_over_best_other",
+    }
+    refused = call(capfd, "bench", "read", **said, codec="int8", status=2)["error"]
+    assert "give CODEC=bf16 or fp32" in refused
+
+
+def test_what_a_codec_costs(capfd, said):  # noqa: F811
+    document = call(capfd, "bench", "codec", **said, **FAST, seeds=2)
+    rows = {row["codec"]: row for row in document["rows"]}
+    assert list(rows) == ["fp32", "bf16", "int8", "int4"] and rows["fp32"]["loss_points"] == 0
+    for name in ("bf16", "int8", "int4"):
+        lost = [a - b for a, b in zip(rows["fp32"]["scores"]["sst2"], rows[name]["scores"]["sst2"], strict=True)]
+        assert document["ratios"][f"loss_points_{name}"] == pytest.approx(100 * sum(lost) / 2)
+    assert document["ratios"]["int8_over_bf16_bytes"] == rows["int8"]["bytes"] / rows["bf16"]["bytes"]
+
+
+def test_every_target_is_measured_by_the_name_it_has(capfd, said):  # noqa: F811
+    """`bench` alone is all four, in one document."""
+    document = call(capfd, "bench", **said, **FAST | {"epochs": 1}, seeds=1, repeats=1, limit=15)
+    optional = {"loader_over_tensorstore"} if importlib.util.find_spec("tensorstore") is None else set()
+    assert set(TARGETS) - optional <= document["ratios"].keys()
+    assert all(value > 0 for name, value in document["ratios"].items() if not name.startswith("loss"))
+    assert {"processor", "cores", "threads", "torch", "zarr"} <= document["machine"].keys()
+    rows = {name: [row for row in document["rows"] if row["bench"] == name] for name in ("extract", "train", "memory", "codec")}
+    assert [(row["tokens"], row["examples"]) for row in rows["extract"]] == [("all", 15), ("mean", 15)]
+    assert [(row["way"], row["ratio"] == 1) for row in rows["train"]] == [
+        ("in memory", True),
+        ("random", False),
+        ("windows", False),
+    ]
+    memory = [(row["access"], row["examples"]) for row in rows["memory"]]
+    assert memory == [(how, count) for how in ("random", "windows") for count in (15, 120)]
+    assert all(row["anonymous_bytes"] > 50e6 for row in rows["memory"])
+    assert not list(said["store"].glob("bench-*"))  # nothing is left behind

@@ -124,7 +124,7 @@ def test_a_window_mixes_the_examples_of_its_chunks_and_chunks_come_in_a_new_orde
 def test_what_is_kept_in_memory_is_read_once(cache, monkeypatch):
     reads = []
     original = store.Cache.chunk
-    monkeypatch.setattr(store.Cache, "chunk", lambda self, number, stream: reads.append(number) or original(self, number, stream))
+    monkeypatch.setattr(store.Cache, "chunk", lambda self, number, *more: reads.append(number) or original(self, number, *more))
     mine = loader(cache)
     order(mine, 0, 1), order(mine, 0, 2)
     assert sorted(reads) == list(range(cache.chunks))

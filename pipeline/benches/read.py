@@ -22,21 +22,20 @@ from store.order import windows
 
 EXAMPLES = 8192
 """of the train split, a seeded sample, where LIMIT is left out"""
-SLOW = 16
-"""times as long as the loader takes: a peer that is slower reads fewer batches"""
+SECONDS = 2.0
+"""of a round, at most: a peer that is slower reads fewer batches"""
 
 
 def read(config: Bench, show: Show) -> dict[str, Any]:
     """Random batches of B examples with all their tokens: what each gives is rows as stored, in a tensor on the CPU."""
     cache = _cache(config, show)
     batches = _batches(cache, config.batch)
-    row_bytes = sum(a.chunk_bytes() // a.chunks[0] for a in cache.stored(cache.main).values())
     left_out = {"annbatch": "reads AnnData in blocks, not examples at random, and needs Python 3.12"}
     with tempfile.TemporaryDirectory(prefix="bench-", dir=config.store) as folder:
         ways: dict[str, Callable[[], object]] = {
             f"loader, {how}": _loader(cache, config.batch, how, config.reading.readers) for how in ("random", "windows")
         }
-        share = dict.fromkeys(ways, 1.0)
+        bytes_of = dict.fromkeys(ways, _bytes(cache, batches))
         for name, peer in PEERS.items():
             place = Path(folder) / name
             place.mkdir()
@@ -46,17 +45,16 @@ def read(config: Bench, show: Show) -> dict[str, Any]:
                 left_out[name] = f"{error.name} is not installed: pip install readcache[bench]"
                 continue
             _same(cache, one, batches[0], name)
-            share[name] = _share(one, batches)
-            ways[name] = _all(one, batches[: int(share[name] * len(batches))])
+            alone = in_turn({name: lambda one=one: one(batches[-1])}, 1)[name][0]  # type: ignore[misc]
+            some = batches[: max(1, min(len(batches), int(SECONDS / alone)))]
+            bytes_of[name], ways[name] = _bytes(cache, some), _all(one, some)
         seconds = in_turn(ways, config.repeats)
-    total = int(cache.length.sum()) * row_bytes
-    speed = {name: [share[name] * total / spent / 1e9 for spent in told] for name, told in seconds.items()}
+    speed = {name: [bytes_of[name] / spent / 1e9 for spent in told] for name, told in seconds.items()}
     rows: list[dict[str, Any]] = [
         {"bench": "read", "way": name, "gigabytes_a_second": median(told), "rounds": told} for name, told in speed.items()
     ]
-    show.line(
-        f"{len(batches)} random batches of {config.batch}, {total / len(batches) / 1e6:.1f} MB each, medians of {config.repeats}"
-    )
+    each = _bytes(cache, batches) / len(batches) / 1e6
+    show.line(f"{len(batches)} random batches of {config.batch}, {each:.1f} MB each; medians of {config.repeats} rounds")
     show.table(["way", "GB/s", "loader ÷ it"], [[r["way"], r["gigabytes_a_second"], _over(speed, r["way"])] for r in rows])
     for name, why in left_out.items():
         show.line(f"without {name}: {why}")
@@ -115,10 +113,11 @@ def _all(one: Read, batches: list[np.ndarray]) -> Callable[[], None]:
     return go
 
 
-def _share(one: Read, batches: list[np.ndarray]) -> float:
-    """The part of the batches that a slow peer reads in a round."""
-    spent = in_turn({"one": lambda: one(batches[1])}, 1)["one"][0] * len(batches)
-    return max(1 / len(batches), min(1.0, SLOW * 0.25 / spent)) if spent else 1.0
+def _bytes(cache: store.Cache, batches: list[np.ndarray]) -> int:
+    """Of all rows of some batches as they are stored, in bytes."""
+    (array,) = cache.stored(cache.main).values()
+    row = int(np.prod(array.chunks[1:])) * np.dtype(array.dtype).itemsize
+    return row * sum(int(cache.length[batch].sum()) for batch in batches)
 
 
 def _same(cache: store.Cache, one: Read, batch: np.ndarray, name: str) -> None:

@@ -1,7 +1,10 @@
 """Stage two: a step with loading beside the same step on tensors in memory, and what memory a larger cache takes."""
 
+import contextlib
+import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -115,27 +118,24 @@ def _memory(config: Bench, show: Show) -> tuple[dict[str, float], list[dict[str,
 
 def _most_anonymous(config: Train, how: str) -> int:
     """Run `readcache train` for one epoch; its largest RssAnon, in bytes."""
-    options = {
-        "task": config.task, "backbone": config.backbone, "store": config.store, "data": config.data, "tokens": "all",
-        "limit": config.limit, "hidden": 16, "epochs": 1, "device": config.device,
-    }  # fmt: skip
-    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     # windows that are smaller than the smaller cache, so that both are read by several
-    sets = ["reading.memory_bytes=0", f"reading.access={how}", f"reading.window_bytes={32 << 20}"]
-    words += [word for item in sets for word in ("--set", item)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "train", "--no-extract", "--json", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    reading = {"access": how, "memory_bytes": 0, "window_bytes": 32 << 20}
+    said = config.model_dump(mode="json", exclude_none=True) | {"hidden": 16, "epochs": 1, "no_extract": True, "reading": reading}
+    said.pop("dask", None)
     most = 0
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        most = max([most, *(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))])
-        time.sleep(TICK)
-    if process.wait():
-        raise RuntimeError((process.stderr.read() if process.stderr else b"").decode()[-2000:])
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(tempfile.NamedTemporaryFile("w", suffix=".yaml"))
+        json.dump(said, file)  # which is YAML too
+        file.flush()
+        told = stack.enter_context(tempfile.TemporaryFile())
+        command = [sys.executable, "-m", "pipeline", "train", "--json", "--config", file.name]
+        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told))
+        while process.poll() is None:
+            with contextlib.suppress(OSError):  # it may be gone by now
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                most = max([most, *(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))])
+            time.sleep(TICK)
+        told.seek(0)
+        if process.returncode:
+            raise RuntimeError(told.read().decode()[-2000:])
     return most
