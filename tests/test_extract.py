@@ -1,0 +1,176 @@
+"""Stage one beside itself: writing runs behind the forward pass, and ends in the same bytes, or in one clear line."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from families import save
+from test_commands import call, content
+
+import store
+from pipeline import recipe
+from pipeline.commands import extract as command
+from pipeline.commands.plan import prepare
+from pipeline.config import Extract
+from pipeline.show import Show
+from stages import extract, selection
+from stages.backbone import Backbone
+from store import files, writer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    return save("t5", tmp_path_factory.mktemp("t5") / "tiny-t5")
+
+
+@pytest.fixture
+def asked(tmp_path, bert, t5, reviews, monkeypatch):
+    """A function to an extraction of sst2 in many chunks."""
+    monkeypatch.setattr(recipe, "CHUNK_BYTES", 20_000)
+
+    def ask(backbone="bert", **more):
+        path = {"bert": bert, "t5": t5}[backbone]
+        said = {
+            "task": "sst2",
+            "backbone": str(path),
+            "data": reviews,
+            "store": tmp_path / "store",
+            "max_length": 32,
+            "splits": "train",
+        }
+        return Extract(**said | more)
+
+    return ask
+
+
+CASES = [
+    *(("bert", rule, codec) for rule in selection.TOKENS for codec in ("bf16", "int4+blosc")),
+    *(("t5", "all", codec) for codec in ("fp32", "int8", "bf16+blosc")),
+]
+
+
+@pytest.mark.parametrize(("backbone", "rule", "codec"), CASES)
+def test_what_is_written_beside_the_forward_pass_is_what_each_chunk_is_by_itself(asked, backbone, rule, codec):
+    config = asked(backbone, tokens=rule, codec=codec)
+    planned = prepare(config)
+    part = planned.parts["train"]
+    whole = Backbone(planned.checkpoint.path, planned.anatomy, CPU)
+    cache = store.open(command.publish_split(config, planned, "train", part, whole, Show(True)))
+    build = part.build
+    for number in range(cache.chunks):
+        examples = range(*build.placement.first[number : number + 2].tolist())
+        plain = extract.chunk(whole, build.examples, examples, build.states, rule, codec)
+        found = {f"{stream}/{name}": a for stream in build.states for name, a in cache.chunk(number, stream).items()}
+        assert found.keys() == plain.keys()
+        for path, block in found.items():
+            assert np.array_equal(block[: len(plain[path])], plain[path])
+            assert not block[len(plain[path]) :].any()
+    assert cache.chunks > 2 or rule != "all"
+
+
+def test_the_next_forward_pass_does_not_wait_for_the_disk(asked, monkeypatch):
+    """While a chunk is being written, batches of later chunks go through the backbone; and memory for them is bounded."""
+    config = asked(tokens="all")
+    planned = prepare(config)
+    backbone, build = Backbone(planned.checkpoint.path, planned.anatomy, CPU), planned.parts["train"].build
+    passes, during, gate = [], [], threading.Event()
+    forward, write = Backbone.hidden_states, writer.write_chunk
+    monkeypatch.setattr(Backbone, "hidden_states", lambda *a: passes.append(time.monotonic()) or forward(*a))
+
+    def slow(folder, number, *more):
+        before = len(passes)
+        if number == 0:
+            gate.wait(5)
+        during.append(len(passes) - before)
+        return write(folder, number, *more)
+
+    monkeypatch.setattr(writer, "write_chunk", slow)
+    told = []
+
+    def tell(count):
+        told.append(count)
+        if sum(told) > 90:
+            gate.set()
+
+    with writer.building(config.store, "f" * 64) as folder:
+        receipts = command.chunks_here(build, folder, backbone, list(range(build.placement.chunks)), tell)
+        assert receipts.keys() == set(range(build.placement.chunks)) and sum(told) == 120
+        assert all(writer.finished(folder, number) == receipt for number, receipt in receipts.items())
+    assert during[0] > 3 and gate.is_set()
+
+
+@pytest.mark.parametrize("limit", [1, 10_000])
+def test_what_waits_to_be_written_is_bounded(asked, monkeypatch, limit):
+    monkeypatch.setattr(command, "QUEUE_BYTES", limit)
+    config = asked(tokens="all")
+    planned = prepare(config)
+    backbone, build = Backbone(planned.checkpoint.path, planned.anatomy, CPU), planned.parts["train"].build
+    made, taken, most = 0, 0, 0
+    add, pieces = extract.Chunk.add, extract.pieces
+
+    def counted(*arguments):
+        nonlocal made, most
+        for piece in pieces(*arguments):
+            made += piece.bytes
+            most = max(most, made - taken - piece.bytes)
+            yield piece
+
+    def slowly(self, piece):
+        nonlocal taken
+        time.sleep(0.002)
+        add(self, piece)
+        taken += piece.bytes
+
+    monkeypatch.setattr(extract, "pieces", counted)
+    monkeypatch.setattr(extract.Chunk, "add", slowly)
+    with writer.building(config.store, "f" * 64) as folder:
+        command.chunks_here(build, folder, backbone, list(range(build.placement.chunks)))
+    largest = 8 * 1024 * 4  # of a piece of these, at most
+    assert made == taken and most <= max(limit, largest)
+
+
+@pytest.mark.parametrize("place", ["encoder/values/c.2.0.0", "receipts/2.json", "examples/key/c.0.0", "encoder/values/zarr.json"])
+def test_a_disk_that_fills_behind_the_forward_pass_is_one_line_and_costs_no_finished_chunk(capfd, asked, monkeypatch, place):
+    config = asked(tokens="all")
+    said = {name: value for name, value in config.model_dump(mode="json", exclude_none=True).items() if name != "dask"}
+    original = files.put
+
+    def full(path, *pieces, **how):
+        if str(path).endswith(place):
+            raise OSError(28, "No space left on device", str(path))
+        return original(path, *pieces, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "put", full)
+        told = call(capfd, "extract", **said, status=2)["error"]
+        assert "No space left on device" in told and place in told
+    built, original = [], writer.write_chunk
+    monkeypatch.setattr(
+        writer, "write_chunk", lambda folder, number, *more: built.append(number) or original(folder, number, *more)
+    )
+    made = call(capfd, "extract", **said)["splits"]["train"]
+    assert not {0, 1} & set(built)
+    other = call(capfd, "extract", **said | {"store": str(config.store) + "-undisturbed"})["splits"]["train"]
+    paths = [root / "caches" / made["fingerprint"] for root in (config.store, config.store.with_name("store-undisturbed"))]
+    assert made["fingerprint"] == other["fingerprint"] and content(paths[0]) == content(paths[1])
+
+
+def test_a_state_that_is_not_finite_is_one_line_and_nothing_is_published(capfd, asked, bert, tmp_path):
+    import shutil
+
+    import transformers
+
+    path = shutil.copytree(bert, tmp_path / "broken")
+    model = transformers.AutoModel.from_pretrained(path)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[16] = torch.nan  # a word of some reviews
+    model.save_pretrained(path)
+    for codec in ("fp32", "bf16", "int8", "int4"):
+        said = asked(tokens="mean").model_dump(mode="json", exclude_none=True) | {"backbone": str(path), "codec": codec}
+        told = call(capfd, "extract", **said, status=2)["error"]
+        assert "is not finite among the data set's rows" in told
+        assert not (tmp_path / "store/caches").exists()
