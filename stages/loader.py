@@ -19,10 +19,10 @@ from torch import Tensor
 from stages.access import Access, choose
 from stages.ahead import ahead
 from stages.heads import Batch
+from stages.held import Memory, Stored, Window
 from stages.packing import unpack
 from stages.space import Space
 from store.errors import Refused
-from store.layout import rows_of
 from store.order import windows
 from store.reader import Cache
 
@@ -31,7 +31,6 @@ BLOCK_BYTES = 16 << 20
 
 AUTO = Access()
 
-Stored = dict[str, np.ndarray]
 Source = Callable[[np.ndarray, str, Stored], object]
 """from examples (n,) and a stream: its rows (r, S, …) as stored, into arrays by name"""
 
@@ -66,33 +65,6 @@ class Block(NamedTuple):
             yield Block(examples, streams, rows - rows[0])
 
 
-class _Window:
-    """Some chunks in memory, as they are stored."""
-
-    def __init__(self, cache: Cache, streams: list[str], chunks: np.ndarray, space: Space, readers: int) -> None:
-        self.cache = cache
-        self.slot = np.full(cache.chunks, -1)
-        self.slot[chunks] = np.arange(len(chunks))
-        self.arrays: dict[str, Stored] = {}
-        for stream in streams:
-            stored = cache.stored(stream)
-            self.arrays[stream] = {name: space((len(chunks), *a.chunks), a.dtype).numpy() for name, a in stored.items()}
-
-        def read(slot: int) -> None:
-            for stream, held in self.arrays.items():
-                cache.chunk(int(chunks[slot]), stream, {name: values[slot] for name, values in held.items()})
-
-        with ThreadPoolExecutor(readers, "chunks") as pool:
-            list(pool.map(read, range(len(chunks))))
-
-    def gather(self, examples: np.ndarray, stream: str, into: Stored) -> None:
-        """As a cache's own."""
-        size = self.cache.chunk_rows(stream)
-        chunk, place = np.divmod(self.cache.rows_of(examples, stream), size)
-        for name, values in self.arrays[stream].items():
-            values.reshape(-1, *values.shape[2:]).take(self.slot[chunk] * size + place, 0, into[name], "clip")
-
-
 class Loader:
     """Batches of some of a cache's examples."""
 
@@ -119,7 +91,7 @@ class Loader:
         per_batch = max(1, cache.chunks * stored * batch // len(cache.length))
         self._block = batch * max(1, BLOCK_BYTES // per_batch)
         self._space = Space(3 * self.access.readers + 3, pinned=device.type == "cuda")
-        self._kept: _Memory | None = None
+        self._kept: Memory | None = None
         self._position: dict[str, int] = {}
         self._resume: dict[str, int] = {}
 
@@ -171,21 +143,18 @@ class Loader:
     def _blocks(self, groups: list[np.ndarray]) -> Iterator[Block]:
         """Groups of examples, each of one window, in blocks of several batches on the host: read and not yet decoded."""
         if self.access.how == "memory":
-            self._kept = self._kept or _Memory(self)
+            self._kept = self._kept or Memory(self.cache, self.examples, self.streams, self.device)
         if not groups:
             return
         space = Space(2 * sum(len(self.cache.stored(stream)) for stream in self.streams), pinned=False)
         with ThreadPoolExecutor(1, "window") as pool:
             coming = pool.submit(self._source, groups[0], space)
             for number, group in enumerate(groups):
-                source = coming.result()
+                source = coming.result()  # and the window before is let go
                 if number + 1 < len(groups):
                     coming = pool.submit(self._source, groups[number + 1], space)
                 cuts = [group[begin : begin + self._block] for begin in range(0, len(group), self._block)]
-                read = functools.partial(self._read, source)
-                del source  # or three windows would be in memory
-                yield from ahead(read, cuts, self.access.readers, self.access.readers)
-                del read
+                yield from ahead(functools.partial(self._read, source), cuts, self.access.readers, self.access.readers)
 
     def _source(self, group: np.ndarray, space: Space) -> Source | None:
         """What gives the rows of a group of examples."""
@@ -194,7 +163,7 @@ class Loader:
         if self.access.how == "random":
             return self.cache.gather
         chunks = np.unique(self.cache.chunk_of[group])
-        return _Window(self.cache, self.streams, chunks, space, self.access.readers).gather
+        return Window(self.cache, self.streams, chunks, space, self.access.readers).gather
 
     def _read(self, source: Source | None, examples: np.ndarray) -> Block:
         """source: None where rows are kept in memory."""
@@ -251,40 +220,6 @@ class Loader:
 
     def _moved(self, values: np.ndarray) -> Tensor:
         return self._pinned(values).to(self.device, non_blocking=True)
-
-
-class _Memory:
-    """A loader's examples, decoded once, on its device."""
-
-    def __init__(self, loader: Loader) -> None:
-        cache, ordered = loader.cache, np.sort(loader.examples)
-        self.cache = cache
-        self.attention: Tensor | None = None
-        self.rows: dict[str, Tensor] = {}
-        self.start: dict[str, np.ndarray] = {}
-        """stream -> (N,) where an example's rows begin in `rows`; of those that are not the loader's, nothing"""
-        parts = np.split(ordered, np.flatnonzero(np.diff(cache.chunk_of[ordered])) + 1)
-        for stream in loader.streams:
-            lengths = cache.place(stream)[1]
-            total = int(lengths[ordered].sum())
-            self.start[stream] = np.full(len(lengths), -1)
-            self.start[stream][ordered] = np.cumsum(lengths[ordered]) - lengths[ordered]
-            rows = torch.empty(total, len(cache.states[stream]), cache.width, device=loader.device)
-            done, size = 0, cache.chunk_rows(stream)
-            for part in parts:  # the examples of one chunk
-                block, local = cache.chunk(int(cache.chunk_of[part[0]]), stream), cache.rows_of(part, stream) % size
-                stored = {name: torch.from_numpy(values[local]).to(loader.device) for name, values in block.items()}
-                attention = stored.pop("cross_attention", None)
-                rows[done : done + len(local)] = unpack(stored, cache.codec, cache.width)
-                if attention is not None:
-                    self.attention = attention.new_empty(total, attention.shape[1]) if self.attention is None else self.attention
-                    self.attention[done : done + len(local)] = attention
-                done += len(local)
-            self.rows[stream] = rows
-
-    def places(self, examples: np.ndarray, stream: str) -> np.ndarray:
-        """(r,) which rows are those of examples (n,)."""
-        return rows_of(self.start[stream][examples], self.cache.place(stream)[1][examples])
 
 
 def _after(groups: list[np.ndarray], done: int) -> list[np.ndarray]:

@@ -12,6 +12,7 @@ from test_writer import Toy
 import store
 from stages.access import Access, choose
 from stages.loader import Loader
+from stages.space import Space
 from store import Refused, disk
 
 CPU = torch.device("cpu")
@@ -70,6 +71,30 @@ def test_an_epoch_gives_every_example_once_with_its_own_rows(caches, name, way, 
                 assert torch.equal(batch.labels, batch.place * 10)
                 seen += batch.place.tolist()
             assert sorted(seen) == list(range(60) if examples is None else examples)
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8"])
+def test_a_batch_that_is_held_stays_as_it_is_while_memory_is_used_again(caches, name, monkeypatch):
+    """fp32 is not decoded: its batches are what was read."""
+    monkeypatch.setattr("stages.loader.BLOCK_BYTES", 1)
+    mine = loader(caches[name], "random", batch=2)
+    held = list(mine.epoch(0, 1))
+    for batch in (*held, *mine.epoch(0, 2)):
+        for number, example in enumerate(batch.place.tolist()):
+            assert np.array_equal(batch.rows[batch.example == number].numpy(), caches[name].rows(example))
+
+
+def test_memory_is_used_again_once_nobody_holds_it():
+    space = Space(most=2, pinned=False)
+    first, second = space((4, 3), "<u2"), space((2,), "<f4")
+    assert first.shape == (4, 3) and first.dtype == torch.uint16 and second.dtype == torch.float32
+    place, other = first.data_ptr(), second.data_ptr()
+    assert space((4, 3), "<u2").data_ptr() not in (place, other)  # both are held; a third is not kept
+    part = first[1:]
+    del first
+    assert space((4, 3), "<u2").data_ptr() != place  # a view holds on to it
+    del part
+    assert space((3, 2), "|i1").data_ptr() == place
 
 
 def order(mine, seed, epoch):
@@ -135,23 +160,23 @@ def test_what_is_kept_in_memory_is_read_once(cache, monkeypatch):
 
 
 def test_at_most_two_windows_are_in_memory(cache, monkeypatch):
-    from stages import loader as module
+    from stages.held import Window
 
     alive = most = 0
-    original = module._Window.__init__
+    original = Window.__init__
 
     def count(self, *args):
         nonlocal alive, most
-        original(self, *args)
         alive += 1
         most = max(most, alive)
+        original(self, *args)
 
     def gone(self):
         nonlocal alive
         alive -= 1
 
-    monkeypatch.setattr(module._Window, "__init__", count)
-    monkeypatch.setattr(module._Window, "__del__", gone, raising=False)
+    monkeypatch.setattr(Window, "__init__", count)
+    monkeypatch.setattr(Window, "__del__", gone, raising=False)
     order(loader(cache, "windows", window_chunks=1), 0, 1)
     assert 1 <= most <= 2 < cache.chunks
     assert alive == 0
