@@ -45,15 +45,20 @@ def reading(config: Train, opened: Opened, streams: list[str], device: torch.dev
     return choose(access, opened.caches.values(), streams, device)
 
 
-def loaders(config: Train, opened: Opened, seed: int, streams: list[str], device: torch.device) -> Loaders:
-    """Split the train cache by the seed, and load what the head reads. Raises Refused where there is nothing to learn."""
+def loaders(
+    config: Train, opened: Opened, seed: int, streams: list[str], device: torch.device, access: Access | None = None
+) -> Loaders:
+    """Split the train cache by the seed, and load what the head reads. Raises Refused where there is nothing to learn.
+
+    access: chosen before; chosen here where left out.
+    """
     task, labels = opened.task, opened.labels
     fit, choose = hold_out(labels[task.train], config.schedule.hold_out, seed)
     if task.kind == "classification" and len(np.unique(labels[task.train][fit])) < 2:
         only = task.classes[labels[task.train][fit][0]] if task.classes else ""
         raise Refused(f"every training label is {only!r}: there is nothing to tell apart; raise LIMIT, or mend the data")
 
-    access = reading(config, opened, streams, device).access
+    access = access or reading(config, opened, streams, device).access
 
     def load(split: str, examples: np.ndarray, batch: int) -> Loader:
         return Loader(opened.caches[split], examples, labels[split], batch, device, streams, access)

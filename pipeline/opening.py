@@ -13,11 +13,11 @@ from pipeline.lookup import label_column, look
 from pipeline.recipe import Recipe, check_words, states, words
 from pipeline.show import Show, size
 from stages import depths, tasks
+from stages.access import check_codec
 from stages.kinds import KINDS, article, check_rule, pool_of
 from stages.shape import Shape, check_names
 from stages.tasks import Task
 from store import Cache
-from store.codecs import codec
 from store.errors import Refused
 
 
@@ -45,7 +45,7 @@ def check(config: Train) -> Task:
     """Refuse what can be refused by name alone; returns the task."""
     task = tasks.find(config.task)
     check_rule(config.tokens)
-    codec(config.codec)
+    check_codec(config.codec, config.reading.access)
     check_names(config.cell)
     if config.head == "verbalizer":
         answers = words(config, task)

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from store import disk
+from store.codecs import parse
 from store.errors import Refused
 from store.mapped import MOST_FILES
 from store.reader import Cache
@@ -27,6 +28,10 @@ class Access:
     """threads that read ahead"""
 
 
+ONCE = Access("windows", window_bytes=256 << 20)
+"""for what is read a single time, in order"""
+
+
 class Choice(NamedTuple):
     """What was chosen."""
 
@@ -36,11 +41,17 @@ class Choice(NamedTuple):
     """for the user, in half a sentence"""
 
 
+def check_codec(name: str, how: str) -> None:
+    """Refuse a codec that is not there, and `random` for one that compresses."""
+    if parse(name)[1] and how == "random":
+        raise Refused(f"reading.access=random needs chunks as they are, and {name} compresses them; give windows, memory or auto")
+
+
 def choose(access: Access, caches: Iterable[Cache], streams: Iterable[str], device: torch.device) -> Choice:
     """Settle `auto` for all the caches of a run together. Raises Refused for `random` on a compressed cache."""
     every, streams = list(caches), list(streams)
-    if access.how == "random" and any(cache.compressed for cache in every):
-        raise Refused("reading.access=random needs chunks as they are, and these are compressed; give windows, memory or auto")
+    for cache in every:
+        check_codec(cache.codec, access.how)
     if access.how != "auto":
         return Choice(access, "as asked for")
     needed, limit = sum(decoded_bytes(cache, streams) for cache in every), _limit(access, device)
@@ -67,5 +78,7 @@ def decoded_bytes(cache: Cache, streams: Iterable[str]) -> int:
 
 
 def _limit(access: Access, device: torch.device) -> int:
-    """In bytes; of a GPU's memory at most half of what is free."""
-    return min(access.memory_bytes, torch.cuda.mem_get_info(device)[0] // 2) if device.type == "cuda" else access.memory_bytes
+    """In bytes; of a GPU's memory at most a quarter, free or not: the order of training may not follow from who else is on it."""
+    if device.type != "cuda":
+        return access.memory_bytes
+    return min(access.memory_bytes, torch.cuda.get_device_properties(device).total_memory // 4)

@@ -116,12 +116,12 @@ class Backbone:
     def _own(self, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
         """The hidden states that the model itself reports, by stream."""
         with torch.inference_mode():
-            out = self.model(**self._call(inputs, False), output_hidden_states=True)
+            out = self.model(**self.arguments(inputs, False), output_hidden_states=True)
         if self.anatomy.kind == "encoder-decoder":
             return {"encoder": out.encoder_hidden_states or (), "decoder": out.decoder_hidden_states or ()}
         return {next(iter(self.anatomy.streams)): out.hidden_states or ()}
 
-    def _call(self, inputs: dict[str, Tensor], attentions: bool) -> dict[str, Any]:
+    def arguments(self, inputs: dict[str, Tensor], attentions: bool) -> dict[str, Any]:
         """The arguments of one pass: inputs on the device; a decoder begins with its start token, and keeps no cache."""
         there = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
         moved: dict[str, Any] = dict(_to_the_left(there))
@@ -137,7 +137,7 @@ class Backbone:
         pixel_values (B, channels, height, width); on any device.
         """
         both = "encoder" in states and "decoder" in states
-        arguments = self._call(inputs, both)
+        arguments = self.arguments(inputs, both)
         # hooks belong to the module, not to the caller: one pass at a time, also where a worker has several threads
         with self._one_at_a_time, torch.inference_mode(), ExitStack() as hooks:
             seen = {stream: hooks.enter_context(self._captured(stream)) for stream in states}

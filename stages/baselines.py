@@ -1,5 +1,6 @@
 """What READ must beat: the majority class and a linear probe on the backbone's own final state, from the same cache."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 
@@ -34,6 +35,8 @@ def features(loader: Loader, pool: str, depths: Depths) -> tuple[np.ndarray, np.
     So memory does not grow with the cache.
     """
     with tempfile.TemporaryFile() as file:  # goes when it is let go
+        if hasattr(os, "posix_fallocate"):  # a disk that is full says so now: where a mapped page has no place, the process ends
+            os.posix_fallocate(file.fileno(), 0, max(1, len(loader) * loader.cache.width * 4))
         found = np.memmap(file, np.float32, "w+", shape=(len(loader), loader.cache.width))
     labels, done = [], 0
     plain = Pool("mean" if pool == "attention" else pool, 0)

@@ -77,6 +77,8 @@ def rows(backbone: Backbone, inputs: dict[str, Tensor], states: dict[str, list[s
         count = TOKENS[own].rows
         lengths[stream] = mask.sum(1) if count is None else torch.full_like(mask[:, 0], count, dtype=torch.long)
     attention = None if captured.attention is None else captured.attention[captured.mask["encoder"]]  # (r, L)
+    if attention is not None:
+        good.append(finite({"values": attention}))
     return Rows(arrays, lengths, attention, torch.stack(good).all())
 
 
@@ -99,18 +101,22 @@ def pieces(
     def inputs(batch: tuple[int, bool, int, np.ndarray]) -> tuple[tuple[int, bool, int, np.ndarray], dict[str, Tensor]]:
         _, _, begin, group = batch
         made = examples.collate(begin + group)
-        return batch, {name: value.pin_memory() for name, value in made.items()} if backbone.device.type == "cuda" else made
+        return batch, {name: value.pin_memory() for name, value in made.items()} if on_gpu else made
 
+    on_gpu = backbone.device.type == "cuda"
+    copies = torch.cuda.Stream(backbone.device) if on_gpu else None  # type: ignore[no-untyped-call]
     for (number, last, _, group), collated in ahead(inputs, batches()):
         found = rows(backbone, collated, states, rule, codec)
         arrays = found.arrays | ({} if found.attention is None else {CROSS_ATTENTION: found.attention})
         fine, there = found.finite, _nothing
-        if found.finite.is_cuda:  # into pinned memory, behind the forward pass and beside the next one
-            arrays = {path: value.to("cpu", non_blocking=True) for path, value in arrays.items()}
-            fine = fine.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            there = event.synchronize
+        if copies:  # into pinned memory, behind this forward pass and beside the next one
+            copies.wait_stream(torch.cuda.current_stream(backbone.device))
+            with torch.cuda.stream(copies):
+                for value in (*arrays.values(), fine):
+                    value.record_stream(copies)
+                arrays = {path: value.to("cpu", non_blocking=True) for path, value in arrays.items()}
+                fine = fine.to("cpu", non_blocking=True)
+                there = copies.record_event().synchronize
         yield Piece(number, last, group, arrays, fine, there)
 
 
@@ -138,6 +144,8 @@ class Chunk:
         self.begin = {stream: np.cumsum(count) - count for stream, count in self.counts.items()}
         self.arrays = into or {}
         """array path -> (rows of the chunk, …), in the examples' order"""
+        self.left = len(part)
+        """examples whose rows are still to come"""
 
     def add(self, piece: Piece) -> None:
         """Bring a batch's rows to their places. Raises Refused where a state is NaN or infinite, naming the batch's examples."""
@@ -154,6 +162,7 @@ class Chunk:
             if path not in self.arrays:
                 self.arrays[path] = np.empty((int(count.sum()), *block.shape[1:]), block.dtype)
             self.arrays[path][rows_of(begin[piece.examples], count[piece.examples])] = block
+        self.left -= len(piece.examples)
 
 
 def chunk(

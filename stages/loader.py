@@ -3,7 +3,7 @@
 An epoch gives every example exactly once, in an order that is a function of (seed, epoch), whatever the number of readers.
 How a cache is read is `stages.access`'s choice: kept in memory or at random, the order is fully random; by windows of chunks,
 it is random among the examples of a window. What is read at a time is a block of several batches, so that threads change
-hands rarely; on a GPU it goes there in one copy from pinned memory, while the step before is computed.
+hands rarely; on a GPU it goes there in one copy from pinned memory, on a stream of its own beside the steps before.
 """
 
 import functools
@@ -28,6 +28,9 @@ from store.reader import Cache
 
 BLOCK_BYTES = 16 << 20
 """about what is read at a time, in bytes"""
+
+BLOCKS = Space(most=16, pinned=False)
+"""where all loaders of a process read to: of several one is at work at a time"""
 
 AUTO = Access()
 
@@ -90,7 +93,6 @@ class Loader:
         self.per_window = max(1, self.access.window_bytes // stored) if self.access.how == "windows" else cache.chunks
         per_batch = max(1, cache.chunks * stored * batch // len(cache.length))
         self._block = batch * max(1, BLOCK_BYTES // per_batch)
-        self._space = Space(3 * self.access.readers + 3, pinned=device.type == "cuda")
         self._kept: Memory | None = None
         self._position: dict[str, int] = {}
         self._resume: dict[str, int] = {}
@@ -106,9 +108,13 @@ class Loader:
         done = self._resume.get("done", 0) if (self._resume.get("seed"), self._resume.get("epoch")) == (seed, epoch) else 0
         self._resume = {}
         self._position = {"seed": seed, "epoch": epoch, "done": done}
-        for batch in self._batches(_after(windows(self.cache.chunk_of, self.examples, self.per_window, seed, epoch), done)):
+        for batch in self._batches(_after(self._groups(seed, epoch), done)):
             self._position["done"] += len(batch.labels)
             yield batch
+
+    def _groups(self, seed: int, epoch: int) -> list[np.ndarray]:
+        """The examples of an epoch in their order, window by window."""
+        return windows(self.cache.chunk_of, self.examples, self.per_window, seed, epoch) if len(self) else []
 
     def in_order(self) -> Iterator[Batch]:
         """Every example once, in the order of the cache."""
@@ -142,10 +148,11 @@ class Loader:
 
     def _blocks(self, groups: list[np.ndarray]) -> Iterator[Block]:
         """Groups of examples, each of one window, in blocks of several batches on the host: read and not yet decoded."""
-        if self.access.how == "memory":
-            self._kept = self._kept or Memory(self.cache, self.examples, self.streams, self.device)
         if not groups:
             return
+        if self.access.how == "memory":
+            self._kept = self._kept or Memory(self.cache, self.examples, self.streams, self.device)
+        blocks = Space(0, pinned=True) if self.device.type == "cuda" else BLOCKS
         space = Space(2 * sum(len(self.cache.stored(stream)) for stream in self.streams), pinned=False)
         with ThreadPoolExecutor(1, "window") as pool:
             coming = pool.submit(self._source, groups[0], space)
@@ -154,7 +161,7 @@ class Loader:
                 if number + 1 < len(groups):
                     coming = pool.submit(self._source, groups[number + 1], space)
                 cuts = [group[begin : begin + self._block] for begin in range(0, len(group), self._block)]
-                yield from ahead(functools.partial(self._read, source), cuts, self.access.readers, self.access.readers)
+                yield from ahead(functools.partial(self._read, source, blocks), cuts, self.access.readers, self.access.readers)
 
     def _source(self, group: np.ndarray, space: Space) -> Source | None:
         """What gives the rows of a group of examples."""
@@ -165,7 +172,7 @@ class Loader:
         chunks = np.unique(self.cache.chunk_of[group])
         return Window(self.cache, self.streams, chunks, space, self.access.readers).gather
 
-    def _read(self, source: Source | None, examples: np.ndarray) -> Block:
+    def _read(self, source: Source | None, space: Space, examples: np.ndarray) -> Block:
         """source: None where rows are kept in memory."""
         streams: dict[str, dict[str, Tensor]] = {}
         for stream in self.streams:
@@ -175,20 +182,36 @@ class Loader:
                 continue
             rows = int(self.cache.place(stream)[1][examples].sum())
             stored = self.cache.stored(stream)
-            streams[stream] = {name: self._space((rows, *a.chunks[1:]), a.dtype) for name, a in stored.items()}
+            streams[stream] = {name: space((rows, *a.chunks[1:]), a.dtype) for name, a in stored.items()}
             source(examples, stream, {name: values.numpy() for name, values in streams[stream].items()})
         lengths = self.cache.place(self.streams[0])[1][examples]
         return Block(examples, streams, np.concatenate([[0], np.cumsum(lengths)]))
 
     def stored(self, seed: int, epoch: int) -> Iterator[Block]:
         """An epoch's batches on the host, as they are stored: all that loading costs before rows are decoded on the device."""
-        for block in self._blocks(windows(self.cache.chunk_of, self.examples, self.per_window, seed, epoch)):
+        for block in self._blocks(self._groups(seed, epoch)):
             yield from block.batches(self.batch)
 
     def _batches(self, groups: list[np.ndarray]) -> Iterator[Batch]:
-        for block in self._blocks(groups):
-            for part in block.to(self.device).batches(self.batch):
+        for block in self._on_device(self._blocks(groups)):
+            for part in block.batches(self.batch):
                 yield self._decode(part)
+
+    def _on_device(self, blocks: Iterator[Block]) -> Iterator[Block]:
+        """Blocks on the device; on a GPU the copy of the next one is begun before batches of this one are given."""
+        if self.device.type != "cuda":
+            yield from (block.to(self.device) for block in blocks)
+            return
+        copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        before: tuple[Block, torch.cuda.Event] | None = None
+        for block in blocks:
+            with torch.cuda.stream(copies):
+                coming = block.to(self.device), copies.record_event()
+            if before:
+                yield _arrived(*before)
+            before = coming
+        if before:
+            yield _arrived(*before)
 
     def _decode(self, part: Block) -> Batch:
         main, *beside = self.streams
@@ -220,6 +243,16 @@ class Loader:
 
     def _moved(self, values: np.ndarray) -> Tensor:
         return self._pinned(values).to(self.device, non_blocking=True)
+
+
+def _arrived(block: Block, event: torch.cuda.Event) -> Block:
+    """A block whose copy ran on another stream, for use on the current one."""
+    current = torch.cuda.current_stream()
+    current.wait_event(event)
+    for arrays in block.streams.values():
+        for values in arrays.values():
+            values.record_stream(current)
+    return block
 
 
 def _after(groups: list[np.ndarray], done: int) -> list[np.ndarray]:

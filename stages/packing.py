@@ -11,6 +11,9 @@ from store.codecs import GROUP, ROTATION, STEP, TINY, groups, parse
 
 Packed = dict[str, Tensor]
 
+MOST = 1024.0
+"""times its scale a state is less than this, as int8 and as int4: what is finite as stored is finite when it is decoded"""
+
 
 class Twin(NamedTuple):
     """A codec on the device."""
@@ -22,7 +25,8 @@ class Twin(NamedTuple):
 
 
 def _int8_pack(rows: Tensor) -> Packed:
-    scales = (rows.abs().amax(2, keepdim=True) / 127).clamp_min(float(TINY))  # (r, S, 1)
+    # by a tensor: by a number a GPU multiplies with the inverse, which is another last bit
+    scales = (rows.abs().amax(2, keepdim=True) / rows.new_tensor(127.0)).clamp_min(float(TINY))  # (r, S, 1)
     return {"values": (rows / scales).round().to(torch.int8), "scales": scales}
 
 
@@ -76,7 +80,8 @@ def finite(packed: Packed) -> Tensor:
     """
     told = packed.get("scales", packed["values"])
     least, most = torch.aminmax(told.view(torch.bfloat16) if told.dtype == torch.uint16 else told)
-    return torch.isfinite(least) & torch.isfinite(most)
+    times = MOST if "scales" in packed else 1
+    return torch.isfinite(least.float()) & torch.isfinite(most.float() * times)
 
 
 def unpack(packed: Packed, codec: str, width: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Memory to read into, used again once nobody holds it: fresh memory costs about as much as what is read into it."""
 
+import mmap
 import sys
 import threading
 
@@ -26,11 +27,15 @@ class Space:
 
     def _bytes(self, size: int) -> np.ndarray:
         with self._lock:
-            for number in range(len(self._kept)):
-                # free is what only this list holds (and the call that counts): every view holds on to what it is of
-                if len(self._kept[number]) >= size and sys.getrefcount(self._kept[number]) == 2:
-                    return self._kept[number]
-            made = np.empty(size + size // 4, np.uint8)  # blocks differ a little in size
+            # free is what only this list holds (and the call that counts): every view holds on to what it is of
+            free = [number for number in range(len(self._kept)) if sys.getrefcount(self._kept[number]) == 2]
+            large = [number for number in free if size <= len(self._kept[number])]
+            if large:
+                return self._kept[min(large, key=lambda number: len(self._kept[number]))]
+            if free and len(self._kept) >= self.most:  # too small by now: make room
+                del self._kept[free[0]]
+            # blocks differ a little in size; mapped, since an allocator would keep what is let go
+            made = np.frombuffer(mmap.mmap(-1, max(1, size + size // 4)), np.uint8)
             if len(self._kept) < self.most:
                 self._kept.append(made)
             return made

@@ -1,7 +1,8 @@
 """The chunk files of one array, mapped into memory one behind the other: any rows of any chunks by one numpy indexing.
 
 A row is copied once, from the page cache to where it is wanted, and no Python runs for it. Mapped pages belong to the
-files: they are not the process's own memory, and the system takes them back when it needs to.
+files: they are not the process's own memory, and the system takes them back when it needs to. A file that is cut short, or a
+disk that fails, while it is mapped ends the process: that is for local disks, and caches are never changed once published.
 """
 
 import ctypes
@@ -19,8 +20,8 @@ from store.layout import CRC_BYTES, Array
 
 MAP_FIXED = 0x10
 """on Linux and macOS; Python's own mmap cannot choose an address"""
-MOST_FILES = 50_000
-"""that should be mapped at once: Linux gives a process 65,530 mappings"""
+MOST_FILES = 30_000
+"""that should be mapped at once: Linux gives a process 65,530 mappings, and a file takes two with the gap behind it"""
 
 
 class Mapped:

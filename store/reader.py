@@ -6,6 +6,7 @@ checked before its first use. A missing or altered byte raises Damaged; it never
 
 import json
 import os
+import threading
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -32,10 +33,14 @@ class Cache:
         self.manifest = described
         self.arrays = arrays
         self._maps: dict[str, Mapped] = {}
+        self._mapping = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is mapped: another process maps for itself."""
-        return {"path": self.path, "manifest": self.manifest, "arrays": self.arrays, "_maps": {}}
+        return {"path": self.path, "manifest": self.manifest, "arrays": self.arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"], state["manifest"], state["arrays"])  # type: ignore[misc]
 
     @property
     def fingerprint(self) -> str:
@@ -179,13 +184,16 @@ class Cache:
                 self._mapped(path).check(np.arange(array.chunk_count()))
 
     def _mapped(self, path: str) -> Mapped:
-        if path not in self._maps:
-            array = self.arrays[path]
-            places = [layout.chunk_path(path, number, len(array.shape)) for number in range(array.chunk_count())]
-            self._maps[path] = Mapped(
-                [self.path / place for place in places], array, lambda number, what: _damaged(self.path, places[number], what)
-            )
-        return self._maps[path]
+        with self._mapping:
+            if path not in self._maps:
+                self._maps[path] = self._map(path)
+            return self._maps[path]
+
+    def _map(self, path: str) -> Mapped:
+        array = self.arrays[path]
+        places = [layout.chunk_path(path, number, len(array.shape)) for number in range(array.chunk_count())]
+        files_of = [self.path / place for place in places]
+        return Mapped(files_of, array, lambda number, what: _damaged(self.path, places[number], what))
 
     def _read(self, path: str, number: int, into: np.ndarray | None = None) -> np.ndarray:
         array = self.arrays[path]

@@ -69,12 +69,23 @@ def test_no_more_waits_than_the_limit_allows():
     assert 3 < most <= 9
 
 
-def test_what_fails_behind_is_raised_and_nothing_is_done_after():
-    done = []
-    with pytest.raises(ZeroDivisionError), behind(1) as do:
-        do(1, lambda: 1 // 0)
+@pytest.mark.parametrize("whose", ["behind", "caller"])
+def test_once_something_has_failed_nothing_is_done_after(whose):
+    """Not even what was handed over before: it may build on what was not done."""
+    done, gate = [], threading.Event()
+
+    def fails():
+        gate.wait()
+        assert whose == "caller", "behind"
+
+    with pytest.raises((AssertionError, KeyError), match=whose), behind(100) as do:
+        do(1, fails)
         for item in range(5):
             do(1, done.append, item)
-    assert len(done) < 5
+        if whose == "caller":
+            threading.Timer(0.05, gate.set).start()
+            raise KeyError(whose)
+        gate.set()
+    assert done == []
     with pytest.raises(ZeroDivisionError), behind(10) as do:
         do(1, lambda: 1 // 0)

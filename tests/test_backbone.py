@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 def own_states(backbone, batch):
     """What the model itself reports: by stream, and its last hidden state."""
-    out = backbone.model(**backbone._call(batch, False), output_hidden_states=True)
+    out = backbone.model(**backbone.arguments(batch, False), output_hidden_states=True)
     if backbone.anatomy.kind == "encoder-decoder":
         return {
             "encoder": (out.encoder_hidden_states, out.encoder_last_hidden_state),

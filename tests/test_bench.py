@@ -68,8 +68,9 @@ def test_the_loader_beside_its_peers(capfd, said):  # noqa: F811
         "loader_over_hf_datasets",
         "loader_over_best_other",
     }
-    refused = call(capfd, "bench", "read", **said, codec="int8", status=2)["error"]
-    assert "give CODEC=bf16 or fp32" in refused
+    for what in ("read", "all"):
+        refused = call(capfd, "bench", what, **said | {"store": said["store"] / what}, codec="int8", status=2)["error"]
+        assert "give CODEC=bf16 or fp32" in refused and not (said["store"] / what).exists()
 
 
 def test_what_a_codec_costs(capfd, said):  # noqa: F811

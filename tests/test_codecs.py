@@ -112,7 +112,7 @@ def test_what_is_not_finite_is_seen(name, bad):
     assert not finite(pack(states, name))
 
 
-@pytest.mark.parametrize("name", ["bf16", "int4"])
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
 def test_what_becomes_infinite_on_the_way_is_seen(name):
     assert not finite(pack(torch.full((1, 1, 64), torch.finfo(torch.float32).max), name))
 

@@ -348,6 +348,30 @@ def test_a_disk_that_fills_is_one_line_and_the_next_run_goes_on(capfd, said, mon
     assert not call(capfd, "extract", **said)["splits"]["train"]["hit"]
 
 
+def test_a_full_temporary_folder_is_one_line_before_training(capfd, said, monkeypatch):
+    call(capfd, "extract", **said)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr("pipeline.fitting.fit", lambda *_: pytest.fail("trained first"))
+    assert "No space left on device" in call(capfd, "train", **said, **FAST, status=2)["error"]
+
+
+def test_random_access_to_what_is_compressed_is_refused_before_any_work(capfd, said):
+    told = call(capfd, "train", "--set", "reading.access=random", **said | {"codec": "bf16+blosc"}, status=2)["error"]
+    assert "reading.access=random" in told and not (said["store"] / "caches").exists()
+
+
+def test_the_size_of_a_compressed_cache_is_what_it_is(capfd, said):
+    compressed = said | {"codec": "fp32+blosc", "splits": "train"}
+    planned = call(capfd, "plan", **compressed)["splits"]["train"]["bytes"]
+    made = call(capfd, "extract", **compressed)["splits"]["train"]
+    folder = said["store"] / "caches" / made["fingerprint"]
+    assert made["bytes"] == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= planned
+
+
 def test_a_store_that_cannot_be_written_is_refused(capfd, said, tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):

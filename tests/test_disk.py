@@ -9,6 +9,8 @@ MOUNTS = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 24 22 8:33 / /data/old\040disk rw - ext4 /dev/sdc1 rw
 25 22 0:40 / /home rw - nfs4 server:/home rw
 26 22 0:41 / /scratch rw master:2 - tmpfs tmpfs rw
+28 22 0:43 /sub /snap rw - btrfs /dev/sdc1 rw,subvol=/sub
+29 22 0:44 / /layers rw - overlay overlay rw
 27 22 0:42 / /lustre rw - lustre x@tcp:/y rw
 """
 
@@ -27,6 +29,9 @@ def system(tmp_path):
         link = tmp_path / "sys/dev/block" / device
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(place)
+        by_name = tmp_path / "sys/class/block" / place.name
+        by_name.parent.mkdir(parents=True, exist_ok=True)
+        by_name.symlink_to(place)
     return tmp_path
 
 
@@ -38,6 +43,8 @@ def system(tmp_path):
         ("/data/old disk/cache", False, "ext4 at /data/old disk is on a rotating disk"),
         ("/data/older", True, "xfs at /data"),
         ("/home/me/cache", False, "nfs4 at /home is no local file system"),
+        ("/snap/x", False, "btrfs at /snap is on a rotating disk"),
+        ("/layers/x", True, "overlay at /layers"),
         ("/scratch/x", True, "tmpfs at /scratch"),
         ("/lustre/x", False, "lustre"),
     ],

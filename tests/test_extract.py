@@ -103,6 +103,57 @@ def test_the_next_forward_pass_does_not_wait_for_the_disk(asked, monkeypatch):
     assert during[0] > 3 and gate.is_set()
 
 
+def test_inputs_are_made_ahead_of_the_forward_pass(asked, monkeypatch):
+    config = asked(tokens="all")
+    planned = prepare(config)
+    backbone, build = Backbone(planned.checkpoint.path, planned.anatomy, CPU), planned.parts["train"].build
+    made, gate = [], threading.Event()
+    collate, forward = type(build.examples).collate, Backbone.hidden_states
+
+    def counted(self, examples):
+        made.append(len(examples))
+        if len(made) > 1:
+            gate.set()
+        return collate(self, examples)
+
+    def waits(self, *more):
+        assert gate.wait(5)  # the first pass begins only once the inputs of the second are made
+        return forward(self, *more)
+
+    monkeypatch.setattr(type(build.examples), "collate", counted)
+    monkeypatch.setattr(Backbone, "hidden_states", waits)
+    pieces = list(extract.pieces(backbone, build.examples, [(0, range(40))], build.states, "all", "bf16"))
+    assert sum(len(piece.examples) for piece in pieces) == 40 == sum(made)
+
+
+def test_a_chunk_that_lacks_a_batch_is_never_written(capfd, asked, monkeypatch):
+    """A bad batch is seen while the chunk before is still being written: what follows it in its chunk is not written as if it
+    were whole, with zeros in its place and a good checksum on them."""
+    config = asked(tokens="all")
+    said = config.model_dump(mode="json", exclude_none=True)
+    add, write, seen = extract.Chunk.add, writer.write_chunk, []
+
+    def bad(self, piece):
+        seen.append(piece.chunk)
+        if piece.chunk == 1 and seen.count(1) == 1:
+            piece = piece._replace(finite=torch.tensor(False))
+        add(self, piece)
+
+    def slow(folder, number, *more):
+        time.sleep(0.3 if number == 0 else 0)
+        return write(folder, number, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extract.Chunk, "add", bad)
+        patch.setattr(writer, "write_chunk", slow)
+        assert "is not finite among the data set's rows" in call(capfd, "extract", **said, status=2)["error"]
+    assert [path.name for path in (config.store / "building").rglob("receipts/*")] == ["0.json"]
+    made = call(capfd, "extract", **said)["splits"]["train"]
+    call(capfd, "extract", **said | {"store": str(config.store) + "-undisturbed"})
+    paths = [root / "caches" / made["fingerprint"] for root in (config.store, config.store.with_name("store-undisturbed"))]
+    assert content(paths[0]) == content(paths[1])
+
+
 @pytest.mark.parametrize("limit", [1, 10_000])
 def test_what_waits_to_be_written_is_bounded(asked, monkeypatch, limit):
     monkeypatch.setattr(command, "QUEUE_BYTES", limit)
@@ -153,7 +204,7 @@ def test_a_disk_that_fills_behind_the_forward_pass_is_one_line_and_costs_no_fini
         writer, "write_chunk", lambda folder, number, *more: built.append(number) or original(folder, number, *more)
     )
     made = call(capfd, "extract", **said)["splits"]["train"]
-    assert not {0, 1} & set(built)
+    assert not {0, 1} & set(built) or ("/c.2" not in place and "receipts" not in place)  # tables are written before all chunks
     other = call(capfd, "extract", **said | {"store": str(config.store) + "-undisturbed"})["splits"]["train"]
     paths = [root / "caches" / made["fingerprint"] for root in (config.store, config.store.with_name("store-undisturbed"))]
     assert made["fingerprint"] == other["fingerprint"] and content(paths[0]) == content(paths[1])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from test_writer import Toy
 
 import store
 from stages.access import Access, choose
+from stages.held import Window
 from stages.loader import Loader
 from stages.space import Space
 from store import Refused, disk
@@ -97,6 +99,40 @@ def test_memory_is_used_again_once_nobody_holds_it():
     assert space((3, 2), "|i1").data_ptr() == place
 
 
+@pytest.mark.parametrize("readers", [1, 3])
+def test_blocks_are_read_ahead_of_who_wants_them(cache, monkeypatch, readers):
+    monkeypatch.setattr("stages.loader.BLOCK_BYTES", 1)
+    read, gather = [], store.Cache.gather
+    monkeypatch.setattr(store.Cache, "gather", lambda self, *more: read.append(more[0]) or gather(self, *more))
+    batches = loader(cache, "random", readers=readers).epoch(0, 1)
+    next(batches)
+    for _ in range(200):
+        if len(read) == 1 + readers:
+            break
+        time.sleep(0.01)
+    assert len(read) == 1 + readers  # and no further
+    assert len(list(batches)) == 8 and len(read) == 9
+
+
+def test_the_next_window_is_read_while_batches_of_this_one_are_given(cache, monkeypatch):
+    begun, original = [], Window.__init__
+    monkeypatch.setattr(Window, "__init__", lambda self, *more: begun.append(1) or original(self, *more))
+    batches = loader(cache, "windows", window_chunks=1).epoch(0, 1)
+    next(batches)
+    for _ in range(200):
+        if len(begun) == 2:
+            break
+        time.sleep(0.01)
+    assert len(begun) == 2
+    batches.close()
+
+
+@pytest.mark.parametrize("how", ["memory", "random", "windows"])
+def test_no_examples_are_no_batches(cache, how):
+    empty = loader(cache, how, examples=np.arange(0))
+    assert list(empty.epoch(0, 1)) == list(empty.in_order()) == []
+
+
 def order(mine, seed, epoch):
     return [example for batch in mine.epoch(seed, epoch) for example in batch.place.tolist()]
 
@@ -160,8 +196,6 @@ def test_what_is_kept_in_memory_is_read_once(cache, monkeypatch):
 
 
 def test_at_most_two_windows_are_in_memory(cache, monkeypatch):
-    from stages.held import Window
-
     alive = most = 0
     original = Window.__init__
 
@@ -247,7 +281,7 @@ def test_how_a_cache_is_read_follows_from_its_size_and_its_disk(caches, monkeypa
     assert "can be mapped" in chosen(cache, monkeypatch, memory_bytes=0).why
     for how in ("memory", "random", "windows"):
         assert chosen(cache, monkeypatch, how=how, memory_bytes=0).access.how == how
-    with pytest.raises(Refused, match="these are compressed"):
+    with pytest.raises(Refused, match=r"bf16\+blosc compresses them"):
         chosen(caches["bf16+blosc"], monkeypatch, how="random")
 
 

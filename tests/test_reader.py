@@ -1,7 +1,9 @@
 """Opening gives exactly the bytes that were published, or fails loudly; plain Zarr reads the same."""
 
 import json
+import os
 import shutil
+import time
 from functools import partial
 
 import numpy as np
@@ -230,14 +232,33 @@ def _all():
     INHERITED[-1].gather(np.arange(11), "encoder")
 
 
-def test_threads_read_the_same(whole):
+def test_threads_read_the_same_and_map_once(whole, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
+    from store.mapped import Mapped
+
     expected = [_sum(store.open(whole), example) for example in range(11)]
-    for _ in range(20):
+    made, original = [], Mapped.__init__
+    monkeypatch.setattr(Mapped, "__init__", lambda self, *more: made.append(1) or time.sleep(0.01) or original(self, *more))
+    for turn in range(20):
+        assert len(made) == turn
         cache = store.open(whole)
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(partial(_sum, cache), list(range(11)) * 4)) == expected * 4
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/sys/vm/max_map_count"), reason="no limit to read here")
+def test_as_many_files_as_are_said_can_be_mapped(tmp_path):
+    """One file many times over: each takes two of the system's mappings, itself and the gap behind it."""
+    from store.layout import Array
+    from store.mapped import MOST_FILES, Mapped
+
+    with open("/proc/sys/vm/max_map_count") as file:
+        assert int(file.read()) >= 65_530
+    path = tmp_path / "chunk"
+    path.write_bytes(bytes(16))
+    held = Mapped([path] * MOST_FILES, Array((3 * MOST_FILES,), (3,), "<i4", ("row",), {}), lambda number, what: OSError(what))
+    assert held.size == 16
 
 
 def test_an_opened_cache_outlives_its_folder(mine):

@@ -35,7 +35,7 @@ def test_the_final_state_times_the_rows_is_the_models_own_logits(tmp_path, name)
     stream = list(backbone.anatomy.streams)[-1]
     final = backbone.hidden_states(batch, {stream: [backbone.anatomy.states("all", "all")[stream][-1]]}).states[stream][0]
     with torch.inference_mode():
-        own = model(**backbone._call(batch, False)).logits[:, :, [7, 9, 11]]
+        own = model(**backbone.arguments(batch, False)).logits[:, :, [7, 9, 11]]
     if name == "gptj":
         own = own - model.lm_head.bias[[7, 9, 11]]  # h' times E[words] has none
     if name == "gemma2":

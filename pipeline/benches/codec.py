@@ -23,7 +23,17 @@ def codec(config: Bench, show: Show) -> dict[str, Any]:
     for name in CODECS:
         scores = {task: _scores(config, task, name, show) for task in tasks}
         every = [value for values in scores.values() for value in values]
-        rows.append({"bench": "codec", "codec": name, "bytes": bytes_of[name], "scores": scores, "mean": float(np.mean(every))})
+        rows.append(
+            {
+                "bench": "codec",
+                "codec": name,
+                "bytes": bytes_of[name],
+                "bytes_tokens": "all",
+                "scores_tokens": config.tokens or "default",
+                "scores": scores,
+                "mean": float(np.mean(every)),
+            }
+        )
     lossless = np.array(list(rows[0]["scores"].values()))  # (tasks, seeds)
     for row in rows:
         lost = 100 * (lossless - np.array(list(row["scores"].values())))

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def _measured(config: Bench, rule: str, show: Show) -> tuple[dict[str, Any], flo
         backbone = Backbone(planned.checkpoint.path, planned.anatomy, pick(config.device))
         first = build.placement.first
         inputs = [
-            {name: value.to(backbone.device) for name, value in build.examples.collate(group + begin).items()}
+            backbone.arguments(build.examples.collate(group + begin), attentions=False)
             for begin, end in zip(first[:-1].tolist(), first[1:].tolist(), strict=True)
             for group in batching.by_length(build.examples.lengths[begin:end])
         ]
@@ -61,14 +62,17 @@ def _measured(config: Bench, rule: str, show: Show) -> tuple[dict[str, Any], flo
             if backbone.device.type == "cuda":
                 torch.cuda.synchronize(backbone.device)
 
-        def publish() -> None:
-            command.publish_split(asked, planned, "train", planned.parts["train"], backbone, Show(to_stderr=True))
+        def clear() -> None:
             shutil.rmtree(asked.store / "caches")
 
-        def whole() -> None:
+        def publish() -> Callable[[], None]:
+            command.publish_split(asked, planned, "train", planned.parts["train"], backbone, Show(to_stderr=True))
+            return clear
+
+        def whole() -> Callable[[], None]:
             again = prepare(asked)
             command.publish_split(asked, again, "train", again.parts["train"], backbone, Show(to_stderr=True))
-            shutil.rmtree(asked.store / "caches")
+            return clear
 
         seconds = in_turn({"forward": forward, "extract": publish, "whole": whole}, config.repeats)
     found = ratio(seconds["extract"], seconds["forward"])

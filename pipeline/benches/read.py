@@ -28,9 +28,10 @@ SECONDS = 2.0
 
 def read(config: Bench, show: Show) -> dict[str, Any]:
     """Random batches of B examples with all their tokens: what each gives is rows as stored, in a tensor on the CPU."""
+    check(config)
     cache = _cache(config, show)
     batches = _batches(cache, config.batch)
-    left_out = {"annbatch": "reads AnnData in blocks, not examples at random, and needs Python 3.12"}
+    left_out = {"annbatch": "not compared: it loads AnnData by blocks, not any examples at random, and needs Python 3.12"}
     with tempfile.TemporaryDirectory(prefix="bench-", dir=config.store) as folder:
         ways: dict[str, Callable[[], object]] = {
             f"loader, {how}": _loader(cache, config.batch, how, config.reading.readers) for how in ("random", "windows")
@@ -61,6 +62,12 @@ def read(config: Bench, show: Show) -> dict[str, Any]:
     return {"rows": rows, "ratios": _ratios(speed), "left_out": left_out}
 
 
+def check(config: Bench) -> None:
+    """Refuse a codec whose states are not one array as it is."""
+    if config.codec not in ("fp32", "bf16"):
+        raise Refused(f"bench read: peers read one array as it is, and CODEC={config.codec} is more; give CODEC=bf16 or fp32")
+
+
 def _ratios(speed: dict[str, list[float]]) -> dict[str, float]:
     """Of the peers with several ways the fastest counts."""
     over = {name: _over(speed, name) for name in speed if name in PEERS}
@@ -81,8 +88,8 @@ def _cache(config: Bench, show: Show) -> store.Cache:
     changes = {"task": config.tasks("sst2")[0], "tokens": "all", "splits": "train", "limit": config.limit or EXAMPLES}
     made = extract.run(Extract(**said | changes), show)["splits"]["train"]
     cache = store.open(config.store / "caches" / made["fingerprint"])
-    if len(cache.stored(cache.main)) > 1 or cache.compressed:
-        raise Refused(f"peers read one array as it is, and codec {cache.codec} has more to it; give CODEC=bf16 or fp32")
+    if len(cache.stored(cache.main)) > 1:
+        raise Refused(f"bench read: peers read one array, and a cache of {config.backbone} has its attention too; choose another")
     cache.check()  # now, not while it is timed
     return cache
 

@@ -25,6 +25,7 @@ from stages.access import Access
 from stages.device import pick
 from stages.heads import Batch, Head
 from stages.loader import Loader
+from store.errors import Refused
 
 EXAMPLES = 4096
 """of the train split, where LIMIT is left out; and 8 times as many"""
@@ -96,7 +97,8 @@ def _memory(config: Bench, show: Show) -> tuple[dict[str, float], list[dict[str,
     task, limit = config.tasks("sst2")[0], config.limit or EXAMPLES
     rows: list[dict[str, Any]] = []
     for how in ("random", "windows"):
-        for count in (limit, 8 * limit):
+        most_there = _examples(config, task, 8 * limit, show)
+        for count in (most_there // 8, most_there):
             own = config.training(task, tokens="all", limit=count)
             made = extract.run(Extract.part_of(own, "train,validation"), show)["splits"]["train"]
             cache = store.open(own.store / "caches" / made["fingerprint"])
@@ -114,6 +116,15 @@ def _memory(config: Bench, show: Show) -> tuple[dict[str, float], list[dict[str,
     found = {how: [row["anonymous_bytes"] for row in rows if row["access"] == how] for how in ("random", "windows")}
     over = {how: larger / smaller for how, (smaller, larger) in found.items()}
     return {"anon_memory_8x": over["random"], "anon_memory_8x_windows": over["windows"]}, rows
+
+
+def _examples(config: Bench, task: str, limit: int, show: Show) -> int:
+    """How many training examples there are, at most `limit`: what is 8 times as large must be so in truth."""
+    made = extract.run(Extract.part_of(config.training(task, tokens="all", limit=limit), "train,validation"), show)
+    count = int(made["splits"]["train"]["examples"])
+    if count < 8:
+        raise Refused(f"bench train: task {task} has {count} training examples, and 8 are the least")
+    return count
 
 
 def _most_anonymous(config: Train, how: str) -> int:

@@ -22,6 +22,8 @@ def run(config: Bench, show: Show) -> dict[str, Any]:
     """The command `bench`."""
     if config.what not in ("all", *SPEED, *QUALITY):
         raise Refused(f"unknown bench {config.what!r}; known: {', '.join(('all', *SPEED, *QUALITY))}")
+    if config.what == "all":
+        import_module("pipeline.benches.read").check(config)  # now, not after the benches before it
     about = machine(config.device)
     show.line("  ".join(f"{name}: {value}" for name, value in about.items()))
     document: dict[str, Any] = {"machine": about, "rows": [], "ratios": {}}

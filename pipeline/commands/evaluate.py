@@ -11,6 +11,7 @@ from pipeline.lookup import label_column
 from pipeline.runs import Run
 from pipeline.show import Show
 from stages import tasks
+from stages.access import ONCE
 from stages.device import pick
 from stages.evaluate import say, score
 from stages.loader import Loader
@@ -33,7 +34,7 @@ def run(config: Evaluate, show: Show) -> dict[str, Any]:
         scored = tasks.labelled(labels)
         if not len(scored):
             raise Refused(f"{where} has no labels to score; `predict --run {found.path.name} --split {split}` gives the answers")
-        metrics[split] = score(task, say(head, Loader(cache, scored, labels, config.batch, device, streams)))
+        metrics[split] = score(task, say(head, Loader(cache, scored, labels, config.batch, device, streams, ONCE)))
         examples[split] = len(scored)
     show.table(
         ["split", "examples", "metric", "score"],

@@ -39,6 +39,7 @@ def run(config: Extract, show: Show, checked: Callable[[Recipe], object] | None 
             if opened is None and config.dask is None:
                 opened = Backbone(planned.checkpoint.path, planned.anatomy, pick(config.device))
             path = publish_split(config, planned, split, part, opened, show)
+            part = part._replace(found=manifest.load(path))  # what is compressed is known by size only now
             spent = duration(time.perf_counter() - begun)
             show.line(f"{split}: published {part.fingerprint[:12]}, {size(part.found.bytes)} at {path} in {spent}")
         document["splits"][split] = summary(part, 0.0 if part.hit else time.perf_counter() - begun)
@@ -59,28 +60,41 @@ def publish_split(config: Extract, planned: Planned, split: str, part: Part, ope
             if done:
                 show.line(f"{split}: resuming, {len(done)} of {place.chunks} chunks are there")
                 meter.skip(sum(int(sizes[number]) for number in done))
+            objects: dict[str, Receipt] = {}
+            beside = functools.partial(_tables, build, folder, objects)
             if config.dask is None:
                 assert opened
-                done |= chunks_here(build, folder, opened, missing, meter.add)
+                done |= chunks_here(build, folder, opened, missing, meter.add, beside)
             else:
+                beside()
                 task = functools.partial(_chunk_elsewhere, config, split, folder.resolve())
                 for number, receipts in run_parts(task, missing, config.dask):
                     done[number] = receipts
                     meter.add(int(sizes[number]))
-        objects = {path: receipt for receipts in done.values() for path, receipt in receipts.items()}
-        for path, data in build.tables.items():
-            objects |= writer.write_table(folder, path, data, build.arrays[path])
-        for path, text in layout.metadata(build.arrays, manifest.attributes(build.planned.recipe)).items():
-            objects[path] = files.put(folder / "cache" / path, text)
+        objects |= {path: receipt for receipts in done.values() for path, receipt in receipts.items()}
         return writer.publish(config.store, folder, build.planned._replace(objects=objects))
 
 
+def _tables(build: Build, folder: Path, objects: dict[str, Receipt]) -> None:
+    """Write all that is no chunk of states and is known before the first forward pass; its receipts go into `objects`."""
+    for path, data in build.tables.items():
+        objects |= writer.write_table(folder, path, data, build.arrays[path])
+    for path, text in layout.metadata(build.arrays, manifest.attributes(build.planned.recipe)).items():
+        objects[path] = files.put(folder / "cache" / path, text)
+
+
 def chunks_here(
-    build: Build, folder: Path, backbone: Backbone, numbers: list[int], told: Callable[[int], None] = lambda _: None
+    build: Build,
+    folder: Path,
+    backbone: Backbone,
+    numbers: list[int],
+    told: Callable[[int], None] = lambda _: None,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[int, dict[str, Receipt]]:
     """Build and write chunks, the writing of one beside the forward passes of the next; returns their receipts.
 
-    told: called with the number of examples of each batch that is done.
+    told: called with the number of examples of each batch that is done. before: written before all chunks, beside the first
+    forward passes.
     """
     recipe, first = build.planned.recipe, build.placement.first
     parts = [(number, range(int(first[number]), int(first[number + 1]))) for number in numbers]
@@ -94,9 +108,12 @@ def chunks_here(
             whole[piece.chunk] = extract.Chunk(backbone, build.examples, part, build.states, recipe["tokens"], into)
         whole[piece.chunk].add(piece)
         if piece.last:
-            receipts[piece.chunk] = writer.write_chunk(folder, piece.chunk, whole.pop(piece.chunk).arrays, build.arrays)
+            done = whole.pop(piece.chunk)
+            assert done.left == 0, (piece.chunk, done.left)  # rows that never came would be zeros under a good checksum
+            receipts[piece.chunk] = writer.write_chunk(folder, piece.chunk, done.arrays, build.arrays)
 
     with behind(QUEUE_BYTES) as do:
+        do(0, before)
         for piece in extract.pieces(backbone, build.examples, parts, build.states, recipe["tokens"], recipe["codec"]):
             do(piece.bytes, take, piece)
             told(len(piece.examples))

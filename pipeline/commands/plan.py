@@ -22,7 +22,7 @@ from stages.images import Processor
 from stages.kinds import KINDS, article, tokens_of
 from stages.tasks import Task
 from store import catalog, writer
-from store.codecs import codec
+from store.codecs import codec, parse
 from store.errors import Refused
 from store.fingerprint import fingerprint
 from store.manifest import Manifest
@@ -68,7 +68,8 @@ def run(config: Plan, show: Show) -> dict[str, Any]:
         ],
     )  # fmt: skip
     kept = "; ".join(", ".join(names) for names in recipe.states(next(iter(planned.parts.values())).found.recipe).values())
-    show.line(f"to write: {size(needed)}; free under {config.store}: {size(free)}; states {kept}")
+    most = "at most " if parse(config.codec)[1] else ""
+    show.line(f"to write: {most}{size(needed)}; free under {config.store}: {size(free)}; states {kept}")
     return document | {"bytes_to_write": needed, "free_bytes": free}
 
 

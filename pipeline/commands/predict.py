@@ -14,6 +14,7 @@ from pipeline.config import Predict
 from pipeline.runs import Run
 from pipeline.show import Show
 from stages import batching, sources
+from stages.access import ONCE
 from stages.device import pick
 from stages.evaluate import outputs, say
 from stages.heads import Head
@@ -67,7 +68,7 @@ def _split(config: Predict, found: Run, head: Head, device: torch.device) -> lis
     cache = cache_of(config.store, found, config.split)
     everything = np.arange(cache.manifest.counts["examples"])
     streams = list(runs.load_shape(found).states)
-    said = say(head, Loader(cache, everything, np.full(len(everything), -1), EXAMPLES, device, streams))
+    said = say(head, Loader(cache, everything, np.full(len(everything), -1), EXAMPLES, device, streams, ONCE))
     rows = cache.table("row")[said.place]
     order = np.argsort(rows)
     return [{"row": int(row)} | told for row, told in zip(rows[order], _told(found.task, said.outputs[order]), strict=True)]

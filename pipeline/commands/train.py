@@ -36,7 +36,7 @@ def run(config: Train, show: Show) -> dict[str, Any]:
     answers = label_words(config, opened, shape)
     access, why = fitting.reading(config, opened, list(shape.states), device)
     show.line(f"caches are read {MANNER[access.how]} ({why})")
-    loaded = fitting.loaders(config, opened, config.seed, list(shape.states), device)
+    loaded = fitting.loaders(config, opened, config.seed, list(shape.states), device, access)
     with _clock(seconds, "train"):
         head = fitting.fresh(opened, shape, answers, loaded.fit, config.seed)
     parameters = {"read": count(head.read), "head": count(head) - count(head.read)}
@@ -45,11 +45,12 @@ def run(config: Train, show: Show) -> dict[str, Any]:
         f"seeded) choose the epoch; READ({shape.width}, {shape.hidden}, {shape.cell}) {parameters['read']:,} parameters, "
         f"head {parameters['head']:,}"
     )
+    # before training: what can go wrong here should cost nothing
+    with _clock(seconds, "baselines"):
+        plain = baselines.beside(task, loaded.fit, loaded.choose, loaded.scored, shape.pool, shape.depths)
     with _clock(seconds, "train"):
         plan = fitting.schedule(config, config.seed)
         fitted = fitting.fit(head, opened, loaded, plan, lambda line: show.line(_epoch(line)))
-    with _clock(seconds, "baselines"):
-        plain = baselines.beside(task, loaded.fit, loaded.choose, loaded.scored, shape.pool, shape.depths)
 
     chosen = fitted.outcome.curve[fitted.outcome.epoch - 1]["choose"]
     document = {
