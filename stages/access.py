@@ -48,17 +48,18 @@ def check_codec(name: str, how: str) -> None:
 
 
 def choose(access: Access, caches: Iterable[Cache], streams: Iterable[str], device: torch.device) -> Choice:
-    """Settle `auto` for all the caches of a run together. Raises Refused for `random` on a compressed cache."""
+    """Settle `auto` for all the caches of a run together. Raises Refused for `random` on a compressed or remote cache."""
     every, streams = list(caches), list(streams)
-    for cache in every:
-        check_codec(cache.codec, access.how)
+    whole = next((cache.whole for cache in every if cache.whole), None)
+    if whole and access.how == "random":
+        raise Refused(f"reading.access=random needs rows by themselves, and {whole}; give windows, memory or auto")
     if access.how != "auto":
         return Choice(access, "as asked for")
     needed, limit = sum(decoded_bytes(cache, streams) for cache in every), _limit(access, device)
     if needed <= limit:
         return Choice(replace(access, how="memory"), f"decoded they are {needed:,} bytes, at most {limit:,} may be kept")
-    if any(cache.compressed for cache in every):
-        return Choice(replace(access, how="windows"), "they are compressed")
+    if whole:
+        return Choice(replace(access, how="windows"), whole)
     files = sum(a.chunk_count() for cache in every for stream in streams for a in cache.stored(stream).values())
     if files > MOST_FILES:
         return Choice(replace(access, how="windows"), f"they have {files:,} files, and {MOST_FILES:,} can be mapped")

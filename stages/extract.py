@@ -16,7 +16,7 @@ from stages.ahead import ahead
 from stages.backbone import Backbone
 from stages.images import Images
 from stages.kinds import main_stream
-from stages.packing import finite, pack
+from stages.packing import finite, pack_each
 from stages.selection import TOKENS, kept, select
 from stages.texts import Tokens
 from store.errors import Refused
@@ -71,7 +71,7 @@ def rows(backbone: Backbone, inputs: dict[str, Tensor], states: dict[str, list[s
     for stream, seen in captured.states.items():
         mask = captured.mask[stream]
         own = rule if stream == main else "all"
-        packed = pack(select(seen, mask, own, backbone.anatomy.prefix), codec)
+        packed = pack_each(select(seen, mask, own, backbone.anatomy.prefix), codec)
         arrays |= {f"{stream}/{name}": value for name, value in packed.items()}
         good.append(finite(packed))
         count = TOKENS[own].rows
@@ -136,7 +136,7 @@ class Chunk:
         rule: str,
         into: dict[str, np.ndarray] | None = None,
     ) -> None:
-        """part: its examples. into: arrays that take its rows, at least as long; made as they are needed where left out."""
+        """part: its examples. into: arrays that take its rows, zeros behind them; made as they are needed where left out."""
         lengths = examples.lengths[part.start : part.stop]
         main = main_stream(backbone.anatomy.kind, rule)
         self.source, self.part = examples.source, part
@@ -144,6 +144,8 @@ class Chunk:
         self.begin = {stream: np.cumsum(count) - count for stream, count in self.counts.items()}
         self.arrays = into or {}
         """array path -> (rows of the chunk, …), in the examples' order"""
+        for path, values in self.arrays.items():
+            values[int(self.counts[path.split("/")[0]].sum()) :] = 0
         self.left = len(part)
         """examples whose rows are still to come"""
 

@@ -1,6 +1,6 @@
 """The torch twins of `store.codecs`, for the device: states to stored numbers and back, bit for bit the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,12 @@ TWINS: dict[str, Twin] = {
 def pack(rows: Tensor, codec: str) -> Packed:
     """Encode rows (r, S, D)."""
     return TWINS[parse(codec)[0]].pack(rows)
+
+
+def pack_each(rows: Iterable[Tensor], codec: str) -> Packed:
+    """Encode rows that come a state at a time, S × (r, D): the same arrays, and float32 of one state at a time only."""
+    parts = [pack(state.unsqueeze(1), codec) for state in rows]
+    return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
 
 def finite(packed: Packed) -> Tensor:

@@ -1,6 +1,6 @@
 """Which tokens are kept, always by the mask, so that padding on either side ends here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,41 +12,45 @@ from store.errors import Refused
 States = list[Tensor]
 """S tensors (B, T, D)"""
 
-
-def _at(states: States, index: Tensor) -> Tensor:
-    """Rows at flat positions (r,) of (B, T): (r, S, D)."""
-    return torch.stack([state.flatten(0, 1).index_select(0, index) for state in states], 1)
+Rows = Iterator[Tensor]
+"""S tensors (r, D), one after the other, so that no more than one of them is in memory"""
 
 
-def _all(states: States, mask: Tensor, _: Tensor) -> Tensor:
-    return _at(states, mask.flatten().nonzero().squeeze(1))  # (r, S, D)
+def _at(states: States, index: Tensor) -> Rows:
+    """Rows at flat positions (r,) of (B, T)."""
+    return (state.flatten(0, 1).index_select(0, index) for state in states)
 
 
-def _first(states: States, mask: Tensor, _: Tensor) -> Tensor:
+def _all(states: States, mask: Tensor, _: Tensor) -> Rows:
+    return _at(states, mask.flatten().nonzero().squeeze(1))
+
+
+def _first(states: States, mask: Tensor, _: Tensor) -> Rows:
     tokens = mask.shape[1]
-    return _at(states, mask.int().argmax(1) + tokens * torch.arange(len(mask), device=mask.device))  # (B, S, D)
+    return _at(states, mask.int().argmax(1) + tokens * torch.arange(len(mask), device=mask.device))
 
 
-def _last(states: States, mask: Tensor, _: Tensor) -> Tensor:
+def _last(states: States, mask: Tensor, _: Tensor) -> Rows:
     tokens = mask.shape[1]
     last = tokens - 1 - mask.int().flip(1).argmax(1)
-    return _at(states, last + tokens * torch.arange(len(mask), device=mask.device))  # (B, S, D)
+    return _at(states, last + tokens * torch.arange(len(mask), device=mask.device))
 
 
-def _mean(states: States, _: Tensor, content: Tensor) -> Tensor:
+def _mean(states: States, _: Tensor, content: Tensor) -> Rows:
     share = (content.float() / content.sum(1, keepdim=True)).unsqueeze(1)  # (B, 1, T)
-    return torch.cat([share @ state.float() for state in states], 1)  # (B, S, D)
+    return ((share @ state.float()).squeeze(1) for state in states)
 
 
-def _first_and_mean(states: States, mask: Tensor, content: Tensor) -> Tensor:
-    return torch.stack([_first(states, mask, content), _mean(states, mask, content)], 1).flatten(0, 1)  # (2B, S, D)
+def _first_and_mean(states: States, mask: Tensor, content: Tensor) -> Rows:
+    both = zip(_first(states, mask, content), _mean(states, mask, content), strict=True)
+    return (torch.stack(pair, 1).flatten(0, 1) for pair in both)  # (2B, D)
 
 
 class Rule(NamedTuple):
     """One way to keep tokens."""
 
-    select: Callable[[States, Tensor, Tensor], Tensor]
-    """S × (B, T, D), which positions are real (B, T), which of them a mean is over (B, T) -> (r, S, D)"""
+    select: Callable[[States, Tensor, Tensor], Rows]
+    """S × (B, T, D), which positions are real (B, T), which of them a mean is over (B, T) -> S × (r, D)"""
     rows: int | None
     """of an example; None: as many as it has tokens"""
 
@@ -64,8 +68,8 @@ def check(rule: str) -> str:
     return rule
 
 
-def select(states: States, mask: Tensor, rule: str, prefix: int = 0) -> Tensor:
-    """Keep rows: states S × (B, T, D), mask (B, T) bool -> (r, S, D), by example, then by position.
+def select(states: States, mask: Tensor, rule: str, prefix: int = 0) -> Rows:
+    """Keep rows: states S × (B, T, D), mask (B, T) bool -> S × (r, D), by example, then by position.
 
     prefix: positions at the beginning that a mean leaves out: an image's class token and registers.
     """

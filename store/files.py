@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -34,18 +35,24 @@ def put(path: Path, *pieces: Piece, sync: bool = True) -> Receipt:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    digest, size = hashlib.sha256(), 0
-    with part.open("wb", buffering=0) as file:
-        for piece in pieces:
-            left = memoryview(cast(bytes, piece)).cast("B")
-            digest.update(left)
-            size += len(left)
+    views = [memoryview(cast(bytes, piece)).cast("B") for piece in pieces]
+    # beside the writing: where the backbone has the cores, two threads for half as long hold it up half as much
+    with ThreadPoolExecutor(1, "digest") as pool, part.open("wb", buffering=0) as file:
+        digest = pool.submit(_sha256_of, views)
+        for left in views:
             while left:
                 left = left[file.write(left) :]
         if sync:
             os.fsync(file.fileno())
     part.replace(path)
-    return Receipt(size, digest.hexdigest())
+    return Receipt(sum(len(view) for view in views), digest.result())
+
+
+def _sha256_of(views: list[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for view in views:
+        digest.update(view)
+    return digest.hexdigest()
 
 
 def write(path: Path, data: Piece) -> Receipt:

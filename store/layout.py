@@ -17,7 +17,6 @@ Chunks are raw little-endian bytes in C order followed by their crc32c (4 bytes)
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
@@ -25,8 +24,9 @@ import numpy as np
 import zarr
 from numcodecs.blosc import BITSHUFFLE, MAX_OVERHEAD, Blosc
 from zarr.abc.buffer import Buffer
+from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import MemoryStore
 
 from store.codecs import codec, parse
 
@@ -189,9 +189,9 @@ def compress(block: np.ndarray) -> bytes:
     return bytes(Blosc("zstd", _LEVEL, BITSHUFFLE, typesize=block.dtype.itemsize).encode(block))
 
 
-def read_with_zarr(folder: Path, path: str, number: int) -> np.ndarray:
+def read_with_zarr(store: Store, path: str, number: int) -> np.ndarray:
     """One chunk as zarr reads it, checksum included. A missing file reads as zeros, in every version: check that it is there."""
-    found = zarr.open_array(LocalStore(folder, read_only=True), path=path, mode="r", zarr_format=3)
+    found = zarr.open_array(store, path=path, mode="r", zarr_format=3)
     first, *others = found.chunks
     return np.asarray(found[(slice(number * first, (number + 1) * first), *(slice(None) for _ in others))])
 

@@ -13,6 +13,7 @@ from store.errors import Damaged
 from store.files import Receipt
 from store.fingerprint import canonical, fingerprint
 from store.layout import FORMAT
+from store.objects import Folder, Objects
 
 NAME = "manifest.json"
 _DIGITS = 64
@@ -65,12 +66,13 @@ def planned(recipe: dict[str, Any], about: dict[str, Any], counts: dict[str, int
     return Manifest(recipe, about, counts, {path: Receipt(size, "0" * _DIGITS) for path, size in sizes.items()})
 
 
-def load(folder: Path) -> Manifest:
+def load(where: Path | Objects) -> Manifest:
     """Read a cache's manifest. Raises Damaged where it is missing, altered in any byte, or of another format."""
-    path = folder / NAME
-    again = f"remove {folder} and extract again"
+    held = Folder(where) if isinstance(where, Path) else where
+    path = f"{held}/{NAME}"
+    again = f"remove {held} and extract again"
     try:
-        text = path.read_bytes()
+        text = held.read(NAME)
         body = json.loads(text)
         told = body["format"]
         if told == FORMAT:
@@ -78,7 +80,7 @@ def load(folder: Path) -> Manifest:
             found = Manifest(body["recipe"], body["about"], body["counts"], objects)
             same = dump(found) == text
     except FileNotFoundError:
-        raise Damaged(f"{path} is missing: {folder} is no cache, or one that lost its manifest; {again}") from None
+        raise Damaged(f"{path} is missing: {held} is no cache, or one that lost its manifest; {again}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path} is not a manifest ({type(error).__name__}: {error}); {again}") from None
     if told != FORMAT:

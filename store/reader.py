@@ -15,12 +15,13 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from store import files, layout, manifest
+from store import layout, manifest
 from store.codecs import codec
-from store.errors import Damaged
+from store.errors import Damaged, Refused
 from store.layout import Array
 from store.manifest import Manifest
 from store.mapped import Mapped
+from store.objects import Folder, Objects, at
 
 _DTYPES = {"int8": "|i1", "uint8": "|u1", "uint16": "<u2", "int32": "<i4", "int64": "<i8", "float32": "<f4", "float64": "<f8"}
 
@@ -28,8 +29,8 @@ _DTYPES = {"int8": "|i1", "uint8": "|u1", "uint16": "<u2", "int32": "<i4", "int6
 class Cache:
     """One published cache, open for reading. Threads may share it, workers may be forked with it or be sent it."""
 
-    def __init__(self, path: Path, described: Manifest, arrays: dict[str, Array]) -> None:
-        self.path = path
+    def __init__(self, objects: Objects, described: Manifest, arrays: dict[str, Array]) -> None:
+        self.objects = objects
         self.manifest = described
         self.arrays = arrays
         self._maps: dict[str, Mapped] = {}
@@ -37,10 +38,17 @@ class Cache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is mapped: another process maps for itself."""
-        return {"path": self.path, "manifest": self.manifest, "arrays": self.arrays}
+        return {"objects": self.objects, "manifest": self.manifest, "arrays": self.arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], state["manifest"], state["arrays"])  # type: ignore[misc]
+        self.__init__(state["objects"], state["manifest"], state["arrays"])  # type: ignore[misc]
+
+    @property
+    def path(self) -> Path:
+        """The folder in which it lies. Raises Refused for a remote one."""
+        if not isinstance(self.objects, Folder):
+            raise Refused(f"{self.objects} is no folder of this machine")
+        return self.objects.path
 
     @property
     def fingerprint(self) -> str:
@@ -69,9 +77,11 @@ class Cache:
         return str(self.manifest.recipe["codec"])
 
     @property
-    def compressed(self) -> bool:
-        """Whether only zarr reads the states' chunks, a whole one at a time."""
-        return self.arrays[f"{self.main}/values"].compressed
+    def whole(self) -> str | None:
+        """Why zarr reads the states' chunks, a whole one at a time: in half a sentence; None where any rows can be read."""
+        if not isinstance(self.objects, Folder):
+            return f"{self.objects} is no folder of this machine"
+        return "they are compressed" if self.arrays[f"{self.main}/values"].compressed else None
 
     @cached_property
     def words(self) -> np.ndarray | None:
@@ -134,12 +144,12 @@ class Cache:
     def gather(self, examples: np.ndarray, stream: str, into: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """The rows of any examples (n,) of a stream, as they are stored: array name -> (r, S, …), copies.
 
-        Straight from the mapped chunk files; of a compressed cache by way of whole chunks. Each chunk is checked before its
-        first use in a process. into: arrays to copy into, new ones where left out.
+        Straight from the mapped chunk files; of a compressed or remote cache by way of whole chunks. Each chunk is checked
+        before its first use in a process. into: arrays to copy into, new ones where left out.
         """
         rows = self.rows_of(examples, stream)
         found = into or {name: np.empty((len(rows), *a.chunks[1:]), a.dtype) for name, a in self.stored(stream).items()}
-        if not self.compressed:
+        if not self.whole:
             for name, values in found.items():
                 self._mapped(f"{stream}/{name}").take(rows, values)
             return found
@@ -177,7 +187,7 @@ class Cache:
     def check(self) -> None:
         """Read every chunk once. Raises Damaged for the first whose crc32c is not its own."""
         for path, array in self.arrays.items():
-            if path.startswith(layout.TABLES) or array.compressed:
+            if path.startswith(layout.TABLES) or self.whole:
                 for number in range(array.chunk_count()):
                     self._read(path, number)
             else:
@@ -193,66 +203,66 @@ class Cache:
         array = self.arrays[path]
         places = [layout.chunk_path(path, number, len(array.shape)) for number in range(array.chunk_count())]
         files_of = [self.path / place for place in places]
-        return Mapped(files_of, array, lambda number, what: _damaged(self.path, places[number], what))
+        return Mapped(files_of, array, lambda number, what: _damaged(self.objects, places[number], what))
 
     def _read(self, path: str, number: int, into: np.ndarray | None = None) -> np.ndarray:
         array = self.arrays[path]
         place = layout.chunk_path(path, number, len(array.shape))
         found = np.empty(array.chunks, array.dtype) if into is None else into
-        if array.compressed:
+        if array.compressed or not isinstance(self.objects, Folder):
             try:
-                found[...] = layout.read_with_zarr(self.path, path, number)
+                found[...] = layout.read_with_zarr(self.objects.zarr(), path, number)
+                size = self.objects.size(place)  # after, since to zarr a missing file is zeros
             except (OSError, ValueError, RuntimeError) as error:
-                raise _damaged(self.path, place, f"zarr does not read it ({error})") from None
-            _check_size(self.path, place, self.manifest)  # after, since to zarr a missing file is zeros
+                raise _damaged(self.objects, place, f"zarr does not read it ({error})") from None
+            _check_size(self.objects, place, size, self.manifest)
             return found
-        told = _fill(self.path, place, found)
+        told = _fill(self.objects, place, found)
         crc = google_crc32c.value(found).to_bytes(layout.CRC_BYTES, "little")
         if crc != told:
-            raise _damaged(self.path, place, f"its crc32c is {crc.hex()}, it says {told.hex()}")
+            raise _damaged(self.objects, place, f"its crc32c is {crc.hex()}, it says {told.hex()}")
         return found
 
 
-def open(path: Path | str) -> Cache:
-    """Open a published cache, with all checks.
+def open(where: Path | str) -> Cache:
+    """Open a published cache, with all checks. where: its folder, or its address where it is remote (s3://…).
 
-    Raises Damaged where an object is missing, has another size, or (tables and metadata) another digest.
+    Raises Damaged where an object is missing, has another size, or (tables and metadata) another digest; Refused where an
+    address cannot be reached.
     """
-    folder = Path(path)
-    described = manifest.load(folder)
+    objects = at(where)
+    described = manifest.load(objects)
+    try:
+        there = objects.sizes()
+    except OSError as error:
+        raise Refused(f"{objects} cannot be listed ({error.strerror or error})") from None
     for place, receipt in described.objects.items():
-        _check_place(folder, place)
-        _check_size(folder, place, described)
+        if place.startswith("/") or ".." in place.split("/"):
+            raise _damaged(objects, place, "a path may not leave its cache")
+        _check_size(objects, place, there.get(place), described)
         if place.startswith(layout.TABLES) or place.endswith("zarr.json"):
-            found = files.sha256(folder / place)
+            found = objects.sha256(place)
             if found != receipt.sha256:
-                raise _damaged(folder, place, f"its sha256 is {found[:12]}…, the manifest says {receipt.sha256[:12]}…")
-    read = {place: _array(folder, place) for place in described.objects if place.endswith("/zarr.json")}
+                raise _damaged(objects, place, f"its sha256 is {found[:12]}…, the manifest says {receipt.sha256[:12]}…")
+    read = {place: _array(objects, place) for place in described.objects if place.endswith("/zarr.json")}
     arrays = {place.removesuffix("/zarr.json"): array for place, array in read.items() if array}
     for place, array in layout.chunk_paths(arrays):
         if place not in described.objects or not array.fits(described.objects[place].size):
-            raise _damaged(folder, place, f"the metadata ask for {array.chunk_bytes()} bytes, the manifest has none such")
-    return Cache(folder, described, arrays)
+            raise _damaged(objects, place, f"the metadata ask for {array.chunk_bytes()} bytes, the manifest has none such")
+    return Cache(objects, described, arrays)
 
 
-def _check_place(folder: Path, place: str) -> None:
-    if place.startswith("/") or ".." in place.split("/") or (folder / place).is_symlink():
-        raise _damaged(folder, place, "a path may not leave its cache")
-
-
-def _check_size(folder: Path, place: str, described: Manifest) -> None:
-    try:
-        size = (folder / place).stat().st_size
-    except OSError as error:
-        raise _damaged(folder, place, f"it cannot be read ({error.strerror})") from None
+def _check_size(objects: Objects, place: str, size: int | None, described: Manifest) -> None:
+    if size is None:
+        raise _damaged(objects, place, "there is no such file, or it is a link, and a path may not leave its cache")
     if size != described.objects[place].size:
-        raise _damaged(folder, place, f"it has {size} bytes, the manifest says {described.objects[place].size}")
+        raise _damaged(objects, place, f"it has {size} bytes, the manifest says {described.objects[place].size}")
 
 
-def _fill(folder: Path, place: str, into: np.ndarray) -> bytes:
+def _fill(folder: Folder, place: str, into: np.ndarray) -> bytes:
     """Read a raw chunk file into an array, without a copy; returns the checksum behind it."""
     try:
-        with (folder / place).open("rb", buffering=0) as file:
+        with (folder.path / place).open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             got = file.readinto(into.reshape(-1).view(np.uint8).data)
             told = file.read(layout.CRC_BYTES)
@@ -263,10 +273,10 @@ def _fill(folder: Path, place: str, into: np.ndarray) -> bytes:
     return told
 
 
-def _array(folder: Path, place: str) -> Array | None:
+def _array(objects: Objects, place: str) -> Array | None:
     """An array's metadata, of the kind that this format writes and no other; None for a group."""
     try:
-        text = json.loads((folder / place).read_bytes())
+        text = json.loads(objects.read(place))
         if text["node_type"] == "group":
             return None
         codecs = [item["name"] for item in text["codecs"]]
@@ -274,13 +284,13 @@ def _array(folder: Path, place: str) -> Array | None:
         keys = text["chunk_key_encoding"]["configuration"]["separator"]
         known = compressed or codecs == ["bytes", "crc32c"]
         if not known or (text["zarr_format"], keys) != (3, ".") or text["data_type"] not in _DTYPES:
-            raise _damaged(folder, place, f"format 1 has no {text['data_type']} with codecs {codecs} and keys {keys!r}")
+            raise _damaged(objects, place, f"format 1 has no {text['data_type']} with codecs {codecs} and keys {keys!r}")
         shape, chunks = tuple(text["shape"]), tuple(text["chunk_grid"]["configuration"]["chunk_shape"])
         names = tuple(text["dimension_names"])
         return Array(shape, chunks, _DTYPES[text["data_type"]], names, text["attributes"], compressed)
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, place, f"these are no Zarr v3 metadata ({type(error).__name__}: {error})") from None
+        raise _damaged(objects, place, f"these are no Zarr v3 metadata ({type(error).__name__}: {error})") from None
 
 
-def _damaged(folder: Path, place: str, what: str) -> Damaged:
-    return Damaged(f"damaged cache: {folder / place}: {what}; remove {folder} and extract again")
+def _damaged(objects: Objects, place: str, what: str) -> Damaged:
+    return Damaged(f"damaged cache: {objects}/{place}: {what}; remove {objects} and extract again")

@@ -95,7 +95,7 @@ def test_left_and_right_padding_give_the_same_rows(folder, name):
         for batch in (left, right):
             captured = backbone.hidden_states(batch, states)
             stream = main_stream(kind, rule)
-            rows.append(select(captured.states[stream], captured.mask[stream], rule))
+            rows.append(torch.stack(list(select(captured.states[stream], captured.mask[stream], rule)), 1))
             assert torch.equal(captured.mask[next(iter(states))].sum(1), lengths)
         torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-5)
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages import batching
-from stages.selection import TOKENS, kept, select
+from stages import batching, selection
+from stages.selection import TOKENS, kept
 from store import Refused
 
 
@@ -35,6 +35,10 @@ LEFT = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]).bool()
 def test_selection_goes_by_the_mask_whatever_the_padding_side(mask):
     states = torch.stack(STATES, 2)  # (B, T, S, D)
     own = [states[example][mask[example]] for example in range(2)]  # (length, S, D)
+
+    def select(*arguments):
+        return torch.stack(list(selection.select(*arguments)), 1)  # (r, S, D)
+
     assert torch.equal(select(STATES, mask, "all"), torch.cat(own))
     assert torch.equal(select(STATES, mask, "first"), torch.stack([rows[0] for rows in own]))
     assert torch.equal(select(STATES, mask, "last"), torch.stack([rows[-1] for rows in own]))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from stages.packing import TWINS, finite, pack, unpack
+from stages.packing import TWINS, finite, pack, pack_each, unpack
 from store import Refused
 from store.codecs import CODECS, GROUP, LOSSLESS, codec, parse
 
@@ -89,6 +89,8 @@ def test_the_device_stores_the_same_bits_as_numpy(name, states):
         assert plain[array].dtype == np.dtype(stored.dtype)
         assert plain[array].shape == (*states.shape[:2], stored.width(width))
         assert plain[array].tobytes() == packed[array].numpy().tobytes()
+    each = pack_each((state for state in torch.from_numpy(states).unbind(1)), name)
+    assert each.keys() == packed.keys() and all(torch.equal(each[array], packed[array]) for array in packed)
     assert np.array_equal(CODECS[name].decode(plain, width), unpack(packed, name, width).numpy())
     assert sum(array.nbytes for array in plain.values()) == codec(name).state_bytes(width) * states.shape[0] * states.shape[1]
 

@@ -98,13 +98,14 @@ def chunks_here(
     """
     recipe, first = build.planned.recipe, build.placement.first
     parts = [(number, range(int(first[number]), int(first[number + 1]))) for number in numbers]
+    into: dict[str, np.ndarray] = {}  # one chunk's, for all of them: fresh memory costs more than what is copied into it
     whole, receipts = {}, {}
 
     def take(piece: extract.Piece) -> None:
         if piece.chunk not in whole:
+            if not into:
+                into.update({path: np.empty(build.arrays[path].chunks, build.arrays[path].dtype) for path in piece.arrays})
             part = range(int(first[piece.chunk]), int(first[piece.chunk + 1]))
-            own = {path: build.arrays[path] for path in piece.arrays}
-            into = {path: np.zeros(array.chunks, array.dtype) for path, array in own.items()}
             whole[piece.chunk] = extract.Chunk(backbone, build.examples, part, build.states, recipe["tokens"], into)
         whole[piece.chunk].add(piece)
         if piece.last:

@@ -1,0 +1,110 @@
+"""Where the objects of a cache lie: in a folder of this machine, or at an address that fsspec reaches. Sole home of fsspec."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+from zarr.abc.store import Store
+from zarr.storage import FsspecStore, LocalStore
+
+from store import files
+from store.errors import Refused
+
+
+class Objects(Protocol):
+    """The objects of one cache, by their paths in it. What cannot be had raises OSError."""
+
+    def read(self, place: str) -> bytes:
+        """A whole object."""
+
+    def size(self, place: str) -> int:
+        """Of an object as it is now, in bytes."""
+
+    def sizes(self) -> dict[str, int]:
+        """Of every object that is there, in bytes; links lead nowhere."""
+
+    def sha256(self, place: str) -> str:
+        """Of an object, 64 hex digits."""
+
+    def zarr(self) -> Store:
+        """The same as zarr has it."""
+
+
+class Folder:
+    """In a folder of this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, place: str) -> bytes:
+        return (self.path / place).read_bytes()
+
+    def size(self, place: str) -> int:
+        return (self.path / place).stat().st_size
+
+    def sizes(self) -> dict[str, int]:
+        found, waiting = {}, [""]
+        while waiting:
+            folder = waiting.pop()
+            with os.scandir(self.path / folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(f"{folder}{entry.name}/")
+                    elif entry.is_file(follow_symlinks=False):
+                        found[folder + entry.name] = entry.stat().st_size
+        return found
+
+    def sha256(self, place: str) -> str:
+        return files.sha256(self.path / place)
+
+    def zarr(self) -> Store:
+        return LocalStore(self.path, read_only=True)
+
+
+class Remote:
+    """At an address: s3://bucket/caches/…, memory://…. May be sent to workers, or forked with them."""
+
+    def __init__(self, address: str) -> None:
+        """Raises Refused for an address of a kind that is not known or not installed here."""
+        self.address = address.rstrip("/")
+        try:
+            self._reach()
+        except (ValueError, ImportError) as error:
+            raise Refused(f"{address} cannot be reached from here: {error}") from None
+
+    def __str__(self) -> str:
+        return self.address
+
+    def _reach(self) -> tuple[Any, str]:
+        """The file system, which fsspec keeps for each process and thread, and the path in it."""
+        return fsspec.url_to_fs(self.address)  # type: ignore[no-any-return]
+
+    def read(self, place: str) -> bytes:
+        system, base = self._reach()
+        return bytes(system.cat_file(f"{base}/{place}"))
+
+    def size(self, place: str) -> int:
+        system, base = self._reach()
+        return int(system.size(f"{base}/{place}"))
+
+    def sizes(self) -> dict[str, int]:
+        system, base = self._reach()
+        system.invalidate_cache()  # a listing of before says nothing of now
+        found = system.find(base, detail=True)
+        return {path.removeprefix(base).lstrip("/"): int(about["size"]) for path, about in found.items()}
+
+    def sha256(self, place: str) -> str:
+        return hashlib.sha256(self.read(place)).hexdigest()
+
+    def zarr(self) -> Store:
+        return FsspecStore.from_url(self.address, read_only=True)
+
+
+def at(where: Path | str) -> Folder | Remote:
+    """The objects of the cache that lies there: a folder, or an address with `://` in it."""
+    return Remote(where) if isinstance(where, str) and "://" in where else Folder(Path(where))
