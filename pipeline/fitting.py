@@ -11,13 +11,14 @@ from pipeline.opening import Opened
 from stages.access import Access, Choice, choose
 from stages.evaluate import say, score
 from stages.heads import Head
-from stages.loader import Loader
+from stages.loader import Loader, at_once
 from stages.shape import Shape, build, count
 from stages.tasks import labelled
 from stages.train import Schedule, Trained, hold_out, train
 from store.errors import Refused
 
 EVALUATION_BATCH = 256
+"""examples that are evaluated at a time, at most"""
 SAMPLE = 1024
 """examples that tell how the states spread, at most"""
 
@@ -60,11 +61,13 @@ def loaders(
 
     access = access or reading(config, opened, streams, device).access
 
-    def load(split: str, examples: np.ndarray, batch: int) -> Loader:
-        return Loader(opened.caches[split], examples, labels[split], batch, device, streams, access)
+    def load(split: str, examples: np.ndarray, batch: int | None = None) -> Loader:
+        cache = opened.caches[split]
+        size = batch or at_once(cache, streams, EVALUATION_BATCH)
+        return Loader(cache, examples, labels[split], size, device, streams, access)
 
-    scored = {split: load(split, labelled(labels[split]), EVALUATION_BATCH) for split in task.evaluation}
-    return Loaders(load(task.train, fit, config.batch), load(task.train, choose, EVALUATION_BATCH), scored)
+    scored = {split: load(split, labelled(labels[split])) for split in task.evaluation}
+    return Loaders(load(task.train, fit, config.batch), load(task.train, choose), scored)
 
 
 def fresh(opened: Opened, shape: Shape, answers: torch.Tensor | None, fit: Loader, seed: int) -> Head:
@@ -76,9 +79,8 @@ def fresh(opened: Opened, shape: Shape, answers: torch.Tensor | None, fit: Loade
     head.to(fit.device)
     if shape.standardise and shape.head != "verbalizer":
         # the cache lies in shuffled order: its first examples are a random sample
-        sample = Loader(
-            fit.cache, np.sort(fit.examples)[:SAMPLE], fit.labels, EVALUATION_BATCH, fit.device, fit.streams, fit.access
-        )
+        size = at_once(fit.cache, fit.streams, EVALUATION_BATCH)
+        sample = Loader(fit.cache, np.sort(fit.examples)[:SAMPLE], fit.labels, size, fit.device, fit.streams, fit.access)
         head.standardise_states(sample.in_order())
     return head
 

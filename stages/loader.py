@@ -29,8 +29,14 @@ from store.reader import Cache
 BLOCK_BYTES = 16 << 20
 """about what is read at a time, in bytes"""
 
+EVALUATED_BYTES = 8 << 20
+"""about what is evaluated at a time, as stored, in bytes: decoded and on its way through READ it is many times as much"""
+
 BLOCKS = Space(most=16, pinned=False)
 """where all loaders of a process read to: of several one is at work at a time"""
+
+ROWS = Space(most=4, pinned=False)
+"""where they decode to, on the CPU: batches differ in size, and an allocator would keep ever more of them"""
 
 AUTO = Access()
 
@@ -91,8 +97,7 @@ class Loader:
         self.access = choose(access, [cache], self.streams, device).access
         stored = cache.chunk_bytes(self.streams)
         self.per_window = max(1, self.access.window_bytes // stored) if self.access.how == "windows" else cache.chunks
-        per_batch = max(1, cache.chunks * stored * batch // len(cache.length))
-        self._block = batch * max(1, BLOCK_BYTES // per_batch)
+        self._block = batch * max(1, BLOCK_BYTES // (batch * _example_bytes(cache, self.streams)))
         self._kept: Memory | None = None
         self._position: dict[str, int] = {}
         self._resume: dict[str, int] = {}
@@ -228,9 +233,12 @@ class Loader:
 
     def _decoded(self, stream: str, stored: dict[str, Tensor]) -> Tensor:
         """(r, S, D) float32."""
+        room = None if self.device.type == "cuda" else functools.partial(ROWS, dtype="<f4")
         if self._kept:
-            return self._kept.rows[stream].index_select(0, stored["place"])
-        return unpack(stored, self.cache.codec, self.cache.width)
+            kept, place = self._kept.rows[stream], stored["place"]
+            into = room((len(place), *kept.shape[1:])) if room else None
+            return torch.index_select(kept, 0, place, out=into)
+        return unpack(stored, self.cache.codec, self.cache.width, room)
 
     def _attention(self, stored: dict[str, Tensor]) -> Tensor | None:
         if self._kept:
@@ -243,6 +251,16 @@ class Loader:
 
     def _moved(self, values: np.ndarray) -> Tensor:
         return self._pinned(values).to(self.device, non_blocking=True)
+
+
+def at_once(cache: Cache, streams: Iterable[str], most: int) -> int:
+    """How many examples are a batch where nothing is learned: at most `most`, and about EVALUATED_BYTES as stored."""
+    return max(1, min(most, EVALUATED_BYTES // _example_bytes(cache, streams)))
+
+
+def _example_bytes(cache: Cache, streams: Iterable[str]) -> int:
+    """What an example takes as stored, in bytes, on average."""
+    return max(1, cache.chunks * cache.chunk_bytes(streams) // len(cache.length))
 
 
 def _arrived(block: Block, event: torch.cuda.Event) -> Block:

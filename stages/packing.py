@@ -1,5 +1,6 @@
 """The torch twins of `store.codecs`, for the device: states to stored numbers and back, bit for bit the same."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ from store.codecs import GROUP, ROTATION, STEP, TINY, groups, parse
 
 Packed = dict[str, Tensor]
 
+Room = Callable[[torch.Size], Tensor]
+"""gives a float32 tensor on the device to decode into, its numbers anything"""
+
 MOST = 1024.0
 """times its scale a state is less than this, as int8 and as int4: what is finite as stored is finite when it is decoded"""
 
@@ -20,7 +24,7 @@ class Twin(NamedTuple):
 
     pack: Callable[[Tensor], Packed]
     """(r, S, D) float32 -> arrays"""
-    unpack: Callable[[Packed, int], Tensor]
+    unpack: Callable[[Packed, int, Room], Tensor]
     """arrays and D -> (r, S, D) float32"""
 
 
@@ -50,19 +54,21 @@ def _int4_pack(rows: Tensor) -> Packed:
     return {"values": (low | (high << 4)).flatten(2), "scales": scales.view(torch.uint16)}
 
 
-def _int4_unpack(packed: Packed, width: int) -> Tensor:
+def _int4_unpack(packed: Packed, width: int, _: Room) -> Tensor:
     values, scales = packed["values"], packed["scales"].view(torch.bfloat16).float()  # (r, S, groups)
     nibbles = torch.stack([values & 15, values >> 4], -1).reshape(*scales.shape, GROUP)
     return _rotate((nibbles.float() - 7.5) * scales[..., None]).flatten(2)[..., :width]
 
 
 TWINS: dict[str, Twin] = {
-    "fp32": Twin(lambda rows: {"values": rows}, lambda packed, _: packed["values"]),
+    "fp32": Twin(lambda rows: {"values": rows}, lambda packed, *_: packed["values"]),
     "bf16": Twin(
         lambda rows: {"values": rows.to(torch.bfloat16).view(torch.uint16)},
-        lambda packed, _: packed["values"].view(torch.bfloat16).float(),
+        lambda packed, _, room: room(packed["values"].shape).copy_(packed["values"].view(torch.bfloat16)),
     ),
-    "int8": Twin(_int8_pack, lambda packed, _: packed["values"].float() * packed["scales"]),
+    "int8": Twin(
+        _int8_pack, lambda packed, _, room: torch.mul(packed["values"], packed["scales"], out=room(packed["values"].shape))
+    ),
     "int4": Twin(_int4_pack, _int4_unpack),
 }
 
@@ -90,6 +96,7 @@ def finite(packed: Packed) -> Tensor:
     return torch.isfinite(least.float()) & torch.isfinite(most.float() * times)
 
 
-def unpack(packed: Packed, codec: str, width: int) -> Tensor:
-    """Decode rows: (r, S, D) float32. width: D."""
-    return TWINS[parse(codec)[0]].unpack(packed, width)
+def unpack(packed: Packed, codec: str, width: int, room: Room | None = None) -> Tensor:
+    """Decode rows: (r, S, D) float32. width: D. room: gives the memory for them; new memory where left out."""
+    new = functools.partial(torch.empty, dtype=torch.float32, device=packed["values"].device)
+    return TWINS[parse(codec)[0]].unpack(packed, width, room or new)

@@ -1,4 +1,4 @@
-"""Memory to read into, used again once nobody holds it: fresh memory costs about as much as what is read into it."""
+"""Memory to read and decode into, used again once nobody holds it: fresh memory costs about as much as what is read into it."""
 
 import mmap
 import sys
@@ -34,8 +34,15 @@ class Space:
                 return self._kept[min(large, key=lambda number: len(self._kept[number]))]
             if free and len(self._kept) >= self.most:  # too small by now: make room
                 del self._kept[free[0]]
-            # blocks differ a little in size; mapped, since an allocator would keep what is let go
-            made = np.frombuffer(mmap.mmap(-1, max(1, size + size // 4)), np.uint8)
+            made = _mapped(2 * size)  # what comes next differs in size; what is not touched takes no memory
             if len(self._kept) < self.most:
                 self._kept.append(made)
             return made
+
+
+def _mapped(size: int) -> np.ndarray:
+    """Fresh memory: mapped, since an allocator would keep what is let go; private, so that a forked worker has its own."""
+    made = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        made.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(made, np.uint8)

@@ -13,7 +13,7 @@ from test_writer import Toy
 import store
 from stages.access import Access, choose
 from stages.held import Window
-from stages.loader import Loader
+from stages.loader import Loader, at_once
 from stages.space import Space
 from store import Refused, disk
 
@@ -97,6 +97,47 @@ def test_memory_is_used_again_once_nobody_holds_it():
     assert space((4, 3), "<u2").data_ptr() != place  # a view holds on to it
     del part
     assert space((3, 2), "|i1").data_ptr() == place
+
+
+def test_a_larger_buffer_is_not_made_for_what_is_a_little_larger():
+    space = Space(most=1, pinned=False)
+    first = space((100,), "|u1")
+    place = first.data_ptr()
+    del first
+    assert space((150,), "|u1").data_ptr() == place
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_worker_reads_into_memory_of_its_own():
+    import os
+
+    held = Space(most=1, pinned=False)((4,), "|u1")
+    held[:] = 1
+    child = os.fork()
+    if not child:
+        held[:] = 2
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0 and held.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("how", ["memory", "random", "windows"])
+@pytest.mark.parametrize("name", CODECS)
+def test_a_batch_that_is_held_stays_as_it_was(caches, name, how):
+    """Memory is used again only where nobody looks at it any more."""
+    if how == "random" and caches[name].whole:
+        return
+    mine = loader(caches[name], how, window_chunks=2)
+    kept = [(batch, batch.rows.clone()) for epoch in (1, 2) for batch in mine.epoch(0, epoch)]
+    assert all(torch.equal(batch.rows, before) for batch, before in kept)
+
+
+def test_what_is_evaluated_at_a_time_is_bounded_in_examples_and_in_bytes(cache, monkeypatch):
+    each = cache.chunks * cache.chunk_bytes(["encoder"]) // 60
+    assert at_once(cache, ["encoder"], 256) == 256
+    monkeypatch.setattr("stages.loader.EVALUATED_BYTES", 5 * each)
+    assert (at_once(cache, ["encoder"], 256), at_once(cache, ["encoder"], 3)) == (5, 3)
+    monkeypatch.setattr("stages.loader.EVALUATED_BYTES", 1)
+    assert at_once(cache, ["encoder"], 256) == 1
 
 
 @pytest.mark.parametrize("readers", [1, 3])
