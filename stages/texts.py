@@ -1,6 +1,7 @@
 """Texts to ragged token ids to padded batches. Sole home of tokenizers."""
 
 import hashlib
+import itertools
 import tempfile
 from pathlib import Path
 from string import Formatter
@@ -54,11 +55,14 @@ class Tokens(NamedTuple):
         return found if self.types is None else found | {"token_type_ids": (self.types, {})}
 
     def _keys(self) -> np.ndarray:
-        found = np.empty((len(self.source), 16), np.uint8)
-        for number, (begin, end) in enumerate(zip(self.offset[:-1], self.offset[1:], strict=True)):
-            text = self.ids[begin:end].tobytes() + (b"" if self.types is None else self.types[begin:end].tobytes())
-            found[number] = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), np.uint8)
-        return found
+        found = bytearray()
+        parts = [memoryview(np.asarray(values)) for values in (self.ids, self.types) if values is not None]
+        for begin, end in itertools.pairwise(self.offset.tolist()):
+            key = hashlib.blake2b(digest_size=16)
+            for part in parts:
+                key.update(part[begin:end])
+            found += key.digest()
+        return np.frombuffer(found, np.uint8).reshape(-1, 16)
 
     def collate(self, examples: np.ndarray) -> dict[str, torch.Tensor]:
         """Pad a batch on the right: input_ids, attention_mask, and token_type_ids where there are any, each (B, T) int64."""
@@ -112,7 +116,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, dataset: Any, template: Templat
         files = {name: (Path(folder) / name).open("wb") for name in kinds}
         for begin in range(0, len(rows), BLOCK):
             texts = _texts(dataset[rows[begin : begin + BLOCK]], template)
-            batch = tokenizer(*texts, truncation=True, max_length=longest, padding=False)
+            batch = tokenizer(*texts, truncation=True, max_length=longest, padding=False, return_attention_mask=False)
             lengths += [len(ids) for ids in batch["input_ids"]]
             cut += sum(bool(e.overflowing) for e in batch.encodings or [])
             for name, file in files.items():
