@@ -60,7 +60,7 @@ def test_the_loader_beside_its_peers(capfd, said):  # noqa: F811
     ways = {row["way"]: row["gigabytes_a_second"] for row in document["rows"]}
     installed = [name for name in ("tensorstore", "h5py") if importlib.util.find_spec(name)]
     expected = ["memmap", "zarr", "hf_datasets", "hf_datasets_numpy", "safetensors", *installed]
-    assert ways.keys() == {"loader, random", "loader, windows", *expected} and min(ways.values()) > 0
+    assert ways.keys() == {"loader, random", "loader, windows", "loader, one reader", *expected} and min(ways.values()) > 0
     assert document["left_out"].keys() == {"annbatch", "tensorstore", "h5py"} - set(installed)
     assert document["ratios"].keys() >= {
         "loader_over_memmap",

@@ -36,6 +36,7 @@ def read(config: Bench, show: Show) -> dict[str, Any]:
         ways: dict[str, Callable[[], object]] = {
             f"loader, {how}": _loader(cache, config.batch, how, config.reading.readers) for how in ("random", "windows")
         }
+        ways["loader, one reader"] = _loader(cache, config.batch, "random", 1)  # peers but TensorStore have one thread too
         bytes_of = dict.fromkeys(ways, _bytes(cache, batches))
         for name, peer in PEERS.items():
             place = Path(folder) / name
