@@ -56,7 +56,7 @@ class Tokens(NamedTuple):
 
     def _keys(self) -> np.ndarray:
         found = bytearray()
-        parts = [memoryview(np.asarray(values)) for values in (self.ids, self.types) if values is not None]
+        parts = [np.asarray(values).data for values in (self.ids, self.types) if values is not None]
         for begin, end in itertools.pairwise(self.offset.tolist()):
             key = hashlib.blake2b(digest_size=16)
             for part in parts:
