@@ -15,6 +15,7 @@ Chunks are raw little-endian bytes in C order followed by their crc32c (4 bytes)
 `…+blosc` the bytes of states go through blosc first (zstd, bits shuffled), and then only zarr reads them.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ import numpy as np
 import zarr
 from numcodecs.blosc import BITSHUFFLE, MAX_OVERHEAD, Blosc
 from zarr.abc.buffer import Buffer
-from zarr.abc.store import Store
+from zarr.buffer import cpu
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
@@ -189,11 +190,17 @@ def compress(block: np.ndarray) -> bytes:
     return bytes(Blosc("zstd", _LEVEL, BITSHUFFLE, typesize=block.dtype.itemsize).encode(block))
 
 
-def read_with_zarr(store: Store, path: str, number: int) -> np.ndarray:
-    """One chunk as zarr reads it, checksum included. A missing file reads as zeros, in every version: check that it is there."""
-    found = zarr.open_array(store, path=path, mode="r", zarr_format=3)
-    first, *others = found.chunks
-    return np.asarray(found[(slice(number * first, (number + 1) * first), *(slice(None) for _ in others))])
+def decode(metadata: bytes, number: int, chunk: bytes) -> np.ndarray:
+    """A chunk file's numbers, as zarr reads them from an array's zarr.json and this file, checksum included.
+
+    Given the file's bytes, since to zarr a missing one reads as zeros, in every version. Raises ValueError or RuntimeError.
+    """
+    place = chunk_path("array", number, len(json.loads(metadata)["shape"]))
+    held = {"array/zarr.json": metadata, place: chunk}
+    memory = MemoryStore({path: cpu.Buffer.from_bytes(data) for path, data in held.items()}, read_only=True)
+    found = zarr.open_array(memory, path="array", mode="r", zarr_format=3)
+    first = found.chunks[0]
+    return np.asarray(found[number * first : (number + 1) * first])
 
 
 def metadata(arrays: Mapping[str, Array], attributes: dict[str, Any]) -> dict[str, bytes]:

@@ -2,34 +2,28 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
-from zarr.abc.store import Store
-from zarr.storage import FsspecStore, LocalStore
 
 from store import files
 from store.errors import Refused
 
 
 class Objects(Protocol):
-    """The objects of one cache, by their paths in it. What cannot be had raises OSError."""
+    """The objects of one cache, by their paths in it. What is not there raises FileNotFoundError."""
 
     def read(self, place: str) -> bytes:
         """A whole object."""
-
-    def size(self, place: str) -> int:
-        """Of an object as it is now, in bytes."""
 
     def sizes(self) -> dict[str, int]:
         """Of every object that is there, in bytes; links lead nowhere."""
 
     def sha256(self, place: str) -> str:
         """Of an object, 64 hex digits."""
-
-    def zarr(self) -> Store:
-        """The same as zarr has it."""
 
 
 class Folder:
@@ -43,9 +37,6 @@ class Folder:
 
     def read(self, place: str) -> bytes:
         return (self.path / place).read_bytes()
-
-    def size(self, place: str) -> int:
-        return (self.path / place).stat().st_size
 
     def sizes(self) -> dict[str, int]:
         found, waiting = {}, [""]
@@ -61,9 +52,6 @@ class Folder:
 
     def sha256(self, place: str) -> str:
         return files.sha256(self.path / place)
-
-    def zarr(self) -> Store:
-        return LocalStore(self.path, read_only=True)
 
 
 class Remote:
@@ -84,25 +72,33 @@ class Remote:
         """The file system, which fsspec keeps for each process and thread, and the path in it."""
         return fsspec.url_to_fs(self.address)  # type: ignore[no-any-return]
 
-    def read(self, place: str) -> bytes:
-        system, base = self._reach()
-        return bytes(system.cat_file(f"{base}/{place}"))
+    @contextmanager
+    def reaching(self, place: str) -> Iterator[None]:
+        """Tells what is not there (FileNotFoundError) from what cannot be had now: Refused, whatever the system behind raises."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise Refused(
+                f"{self}/{place} cannot be had ({why}); see to the connection and to your rights, then try again"
+            ) from None
 
-    def size(self, place: str) -> int:
-        system, base = self._reach()
-        return int(system.size(f"{base}/{place}"))
+    def read(self, place: str) -> bytes:
+        with self.reaching(place):
+            system, base = self._reach()
+            return bytes(system.cat_file(f"{base}/{place}"))
 
     def sizes(self) -> dict[str, int]:
-        system, base = self._reach()
-        system.invalidate_cache()  # a listing of before says nothing of now
-        found = system.find(base, detail=True)
-        return {path.removeprefix(base).lstrip("/"): int(about["size"]) for path, about in found.items()}
+        with self.reaching(""):
+            system, base = self._reach()
+            system.invalidate_cache()  # a listing of before says nothing of now
+            found = system.find(base, detail=True)
+            return {path.removeprefix(base).lstrip("/"): int(about["size"]) for path, about in found.items()}
 
     def sha256(self, place: str) -> str:
         return hashlib.sha256(self.read(place)).hexdigest()
-
-    def zarr(self) -> Store:
-        return FsspecStore.from_url(self.address, read_only=True)
 
 
 def at(where: Path | str) -> Folder | Remote:

@@ -34,6 +34,7 @@ class Cache:
         self.manifest = described
         self.arrays = arrays
         self._maps: dict[str, Mapped] = {}
+        self._metadata: dict[str, bytes] = {}
         self._mapping = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -210,12 +211,18 @@ class Cache:
         place = layout.chunk_path(path, number, len(array.shape))
         found = np.empty(array.chunks, array.dtype) if into is None else into
         if array.compressed or not isinstance(self.objects, Folder):
+            if path not in self._metadata:
+                self._metadata[path] = layout.metadata({path: array}, {})[f"{path}/zarr.json"]
             try:
-                found[...] = layout.read_with_zarr(self.objects.zarr(), path, number)
-                size = self.objects.size(place)  # after, since to zarr a missing file is zeros
-            except (OSError, ValueError, RuntimeError) as error:
+                data = self.objects.read(place)
+                _check_size(self.objects, place, len(data), self.manifest)
+                found[...] = layout.decode(self._metadata[path], number, data)
+            except OSError as error:
+                gone = isinstance(error, FileNotFoundError)
+                what = "there is no such file" if gone else f"it cannot be read ({error.strerror})"
+                raise _damaged(self.objects, place, what) from None
+            except (ValueError, RuntimeError) as error:
                 raise _damaged(self.objects, place, f"zarr does not read it ({error})") from None
-            _check_size(self.objects, place, size, self.manifest)
             return found
         told = _fill(self.objects, place, found)
         crc = google_crc32c.value(found).to_bytes(layout.CRC_BYTES, "little")
@@ -241,7 +248,10 @@ def open(where: Path | str) -> Cache:
             raise _damaged(objects, place, "a path may not leave its cache")
         _check_size(objects, place, there.get(place), described)
         if place.startswith(layout.TABLES) or place.endswith("zarr.json"):
-            found = objects.sha256(place)
+            try:
+                found = objects.sha256(place)
+            except OSError as error:
+                raise _damaged(objects, place, f"it cannot be read ({error.strerror or error})") from None
             if found != receipt.sha256:
                 raise _damaged(objects, place, f"its sha256 is {found[:12]}…, the manifest says {receipt.sha256[:12]}…")
     read = {place: _array(objects, place) for place in described.objects if place.endswith("/zarr.json")}

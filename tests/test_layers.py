@@ -24,7 +24,7 @@ HOMES = {
     "pydantic": {"pipeline/config.py", "pipeline/__main__.py", "stages/tasks.py"},
     "sklearn": {"stages/metrics.py", "stages/baselines.py"},
     "scipy": {"stages/metrics.py"},
-    "zarr": {"store/layout.py", "store/objects.py"},
+    "zarr": {"store/layout.py"},
     "fsspec": {"store/objects.py"},
     "numcodecs": {"store/layout.py"},
     "tensorstore": {"pipeline/benches/peers.py"},

@@ -98,6 +98,22 @@ def test_harm_is_loud(address, place, harm, when):
     assert f"{address}/{place}" in str(told.value)
 
 
+@pytest.mark.parametrize("address", ["memory"], indirect=True)
+@pytest.mark.parametrize("error", [PermissionError("not yours"), ConnectionError("gone"), RuntimeError("as some system says it")])
+def test_what_cannot_be_had_now_is_not_called_damaged(address, error, monkeypatch):
+    """Nobody should throw a cache away because the network was down."""
+    cache = store.open(address)
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", fails)
+    for read in (lambda: store.open(address), lambda: cache.chunk(0, "encoder")):
+        with pytest.raises(Refused, match=f"cannot be had .{type(error).__name__}: {error}") as told:
+            read()
+        assert not isinstance(told.value, Damaged)
+
+
 @pytest.mark.parametrize("address", ["file"], indirect=True)
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
