@@ -50,7 +50,7 @@ def check_codec(name: str, how: str) -> None:
 def choose(access: Access, caches: Iterable[Cache], streams: Iterable[str], device: torch.device) -> Choice:
     """Settle `auto` for all the caches of a run together. Raises Refused for `random` on a compressed or remote cache."""
     every, streams = list(caches), list(streams)
-    whole = next((cache.whole for cache in every if cache.whole), None)
+    whole = next((cache.why_whole for cache in every if cache.why_whole), None)
     if whole and access.how == "random":
         raise Refused(f"reading.access=random needs rows by themselves, and {whole}; give windows, memory or auto")
     if access.how != "auto":

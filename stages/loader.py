@@ -158,7 +158,8 @@ class Loader:
         if self.access.how == "memory":
             self._kept = self._kept or Memory(self.cache, self.examples, self.streams, self.device)
         blocks = Space(0, pinned=True) if self.device.type == "cuda" else BLOCKS
-        space = Space(2 * sum(len(self.cache.stored(stream)) for stream in self.streams), pinned=False)
+        # windows are all of one size, and twice one might be more than a system promises
+        space = Space(2 * sum(len(self.cache.stored(stream)) for stream in self.streams), pinned=False, slack=1)
         with ThreadPoolExecutor(1, "window") as pool:
             coming = pool.submit(self._source, groups[0], space)
             for number, group in enumerate(groups):

@@ -1,5 +1,6 @@
 """Memory to read and decode into, used again once nobody holds it: fresh memory costs about as much as what is read into it."""
 
+import contextlib
 import mmap
 import sys
 import threading
@@ -12,9 +13,13 @@ from torch import Tensor
 class Space:
     """Gives tensors to read into. Threads may share it."""
 
-    def __init__(self, most: int, pinned: bool) -> None:
-        """most: buffers that are kept to be used again. pinned: for copies to a GPU; torch itself uses pinned memory again."""
-        self.most, self.pinned = most, pinned
+    def __init__(self, most: int, pinned: bool, slack: int = 2) -> None:
+        """most: buffers that are kept to be used again. pinned: for copies to a GPU; torch itself uses pinned memory again.
+
+        slack: how many times as large as asked for they are made, for what comes next and is larger; what is not touched takes
+        no memory.
+        """
+        self.most, self.pinned, self.slack = most, pinned, slack
         self._lock = threading.Lock()
         self._kept: list[np.ndarray] = []
 
@@ -34,7 +39,7 @@ class Space:
                 return self._kept[min(large, key=lambda number: len(self._kept[number]))]
             if free and len(self._kept) >= self.most:  # too small by now: make room
                 del self._kept[free[0]]
-            made = _mapped(2 * size)  # what comes next differs in size; what is not touched takes no memory
+            made = _mapped(self.slack * size)
             if len(self._kept) < self.most:
                 self._kept.append(made)
             return made
@@ -43,6 +48,6 @@ class Space:
 def _mapped(size: int) -> np.ndarray:
     """Fresh memory: mapped, since an allocator would keep what is let go; private, so that a forked worker has its own."""
     made = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with contextlib.suppress(AttributeError, OSError):  # a system that has none, or a kernel
         made.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(made, np.uint8)

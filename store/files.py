@@ -13,6 +13,8 @@ import numpy as np
 WORTH_REMEMBERING = 16 << 20
 """size from which a file's digest is remembered across processes, in bytes"""
 
+WORTH_A_THREAD = 1 << 20
+"""size from which a file is hashed in a thread beside the writing, in bytes"""
 
 Piece = bytes | np.ndarray
 """of a file: anything whose bytes lie one behind the other"""
@@ -36,16 +38,17 @@ def put(path: Path, *pieces: Piece, sync: bool = True) -> Receipt:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     views = [memoryview(cast(bytes, piece)).cast("B") for piece in pieces]
+    size = sum(len(view) for view in views)
     # beside the writing: where the backbone has the cores, two threads for half as long hold it up half as much
     with ThreadPoolExecutor(1, "digest") as pool, part.open("wb", buffering=0) as file:
-        digest = pool.submit(_sha256_of, views)
+        digest = pool.submit(_sha256_of, views) if size >= WORTH_A_THREAD else None
         for left in views:
             while left:
                 left = left[file.write(left) :]
         if sync:
             os.fsync(file.fileno())
     part.replace(path)
-    return Receipt(sum(len(view) for view in views), digest.result())
+    return Receipt(size, digest.result() if digest else _sha256_of(views))
 
 
 def _sha256_of(views: list[memoryview]) -> str:

@@ -80,7 +80,9 @@ def load(where: Path | Objects) -> Manifest:
             found = Manifest(body["recipe"], body["about"], body["counts"], objects)
             same = dump(found) == text
     except FileNotFoundError:
-        raise Damaged(f"{path} is missing: {held} is no cache, or one that lost its manifest; {again}") from None
+        raise Damaged(
+            f"{path} is missing: {held} is no cache (look at the path), or one that lost its manifest; then {again}"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path} is not a manifest ({type(error).__name__}: {error}); {again}") from None
     if told != FORMAT:

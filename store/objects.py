@@ -58,12 +58,14 @@ class Remote:
     """At an address: s3://bucket/caches/…, memory://…. May be sent to workers, or forked with them."""
 
     def __init__(self, address: str) -> None:
-        """Raises Refused for an address of a kind that is not known or not installed here."""
+        """Raises Refused for an address of a kind that is not known or not installed here, or that leads nowhere."""
         self.address = address.rstrip("/")
+        if self.address.endswith(":"):
+            raise Refused(f"{address} names no place; give all of it, up to the fingerprint")
         try:
             self._reach()
-        except (ValueError, ImportError) as error:
-            raise Refused(f"{address} cannot be reached from here: {error}") from None
+        except Exception as error:  # each system behind fsspec has its own
+            raise Refused(f"{address} cannot be reached from here: {type(error).__name__}: {error}") from None
 
     def __str__(self) -> str:
         return self.address
@@ -95,7 +97,8 @@ class Remote:
             system, base = self._reach()
             system.invalidate_cache()  # a listing of before says nothing of now
             found = system.find(base, detail=True)
-            return {path.removeprefix(base).lstrip("/"): int(about["size"]) for path, about in found.items()}
+            real = {path: about for path, about in found.items() if not about.get("islink")}
+            return {path.removeprefix(base).lstrip("/"): int(about["size"]) for path, about in real.items()}
 
     def sha256(self, place: str) -> str:
         return hashlib.sha256(self.read(place)).hexdigest()

@@ -4,13 +4,14 @@ Opening checks every object of the manifest for presence and size and the small 
 checked before its first use. A missing or altered byte raises Damaged; it never reads as zeros.
 """
 
+import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -59,7 +60,7 @@ class Cache:
     @cached_property
     def states(self) -> dict[str, list[str]]:
         """What each index of the state axis means, (S,), of each stream; the main stream comes first."""
-        found = {path.split("/")[0]: a.attributes["states"] for path, a in self.arrays.items() if path.endswith("/values")}
+        found = {path.split("/")[0]: a.attributes["states"] for path, a in self.arrays.items() if _of_states(path)}
         return dict(sorted(found.items(), key=lambda item: item[0] == "decoder"))
 
     @property
@@ -78,7 +79,7 @@ class Cache:
         return str(self.manifest.recipe["codec"])
 
     @property
-    def whole(self) -> str | None:
+    def why_whole(self) -> str | None:
         """Why zarr reads the states' chunks, a whole one at a time: in half a sentence; None where any rows can be read."""
         if not isinstance(self.objects, Folder):
             return f"{self.objects} is no folder of this machine"
@@ -150,7 +151,7 @@ class Cache:
         """
         rows = self.rows_of(examples, stream)
         found = into or {name: np.empty((len(rows), *a.chunks[1:]), a.dtype) for name, a in self.stored(stream).items()}
-        if not self.whole:
+        if not self.why_whole:
             for name, values in found.items():
                 self._mapped(f"{stream}/{name}").take(rows, values)
             return found
@@ -188,7 +189,7 @@ class Cache:
     def check(self) -> None:
         """Read every chunk once. Raises Damaged for the first whose crc32c is not its own."""
         for path, array in self.arrays.items():
-            if path.startswith(layout.TABLES) or self.whole:
+            if path.startswith(layout.TABLES) or self.why_whole:
                 for number in range(array.chunk_count()):
                     self._read(path, number)
             else:
@@ -214,15 +215,13 @@ class Cache:
             if path not in self._metadata:
                 self._metadata[path] = layout.metadata({path: array}, {})[f"{path}/zarr.json"]
             try:
-                data = self.objects.read(place)
+                data = _had(self.objects, place, self.objects.read)
                 _check_size(self.objects, place, len(data), self.manifest)
-                found[...] = layout.decode(self._metadata[path], number, data)
-            except OSError as error:
-                gone = isinstance(error, FileNotFoundError)
-                what = "there is no such file" if gone else f"it cannot be read ({error.strerror})"
-                raise _damaged(self.objects, place, what) from None
+                block = layout.decode(self._metadata[path], number, data)
             except (ValueError, RuntimeError) as error:
                 raise _damaged(self.objects, place, f"zarr does not read it ({error})") from None
+            found[: len(block)] = block  # of a table's last chunk zarr gives what is in the table
+            found[len(block) :] = 0
             return found
         told = _fill(self.objects, place, found)
         crc = google_crc32c.value(found).to_bytes(layout.CRC_BYTES, "little")
@@ -243,19 +242,21 @@ def open(where: Path | str) -> Cache:
         there = objects.sizes()
     except OSError as error:
         raise Refused(f"{objects} cannot be listed ({error.strerror or error})") from None
+    read: dict[str, bytes] = {}
     for place, receipt in described.objects.items():
         if place.startswith("/") or ".." in place.split("/"):
             raise _damaged(objects, place, "a path may not leave its cache")
         _check_size(objects, place, there.get(place), described)
         if place.startswith(layout.TABLES) or place.endswith("zarr.json"):
-            try:
-                found = objects.sha256(place)
-            except OSError as error:
-                raise _damaged(objects, place, f"it cannot be read ({error.strerror or error})") from None
+            if place.endswith("zarr.json"):
+                read[place] = _had(objects, place, objects.read)
+                found = hashlib.sha256(read[place]).hexdigest()
+            else:
+                found = _had(objects, place, objects.sha256)
             if found != receipt.sha256:
                 raise _damaged(objects, place, f"its sha256 is {found[:12]}…, the manifest says {receipt.sha256[:12]}…")
-    read = {place: _array(objects, place) for place in described.objects if place.endswith("/zarr.json")}
-    arrays = {place.removesuffix("/zarr.json"): array for place, array in read.items() if array}
+    told = {place: _array(objects, place, text) for place, text in read.items() if place.endswith("/zarr.json")}
+    arrays = {place.removesuffix("/zarr.json"): array for place, array in told.items() if array}
     for place, array in layout.chunk_paths(arrays):
         if place not in described.objects or not array.fits(described.objects[place].size):
             raise _damaged(objects, place, f"the metadata ask for {array.chunk_bytes()} bytes, the manifest has none such")
@@ -283,10 +284,28 @@ def _fill(folder: Folder, place: str, into: np.ndarray) -> bytes:
     return told
 
 
-def _array(objects: Objects, place: str) -> Array | None:
+T = TypeVar("T")
+
+
+def _had(objects: Objects, place: str, get: Callable[[str], T]) -> T:
+    """What `get` gives of an object. Raises Damaged where there is none, and Refused where it cannot be read."""
+    try:
+        return get(place)
+    except FileNotFoundError:
+        raise _damaged(objects, place, "there is no such file") from None
+    except OSError as error:
+        raise Refused(f"{objects}/{place} cannot be read ({error.strerror}); see to its rights and its disk") from None
+
+
+def _of_states(path: str) -> bool:
+    """Whether an array at a path is the states of a stream: a column of the data set may be called `values` too."""
+    return path.endswith("/values") and not path.startswith(layout.TABLES)
+
+
+def _array(objects: Objects, place: str, metadata: bytes) -> Array | None:
     """An array's metadata, of the kind that this format writes and no other; None for a group."""
     try:
-        text = json.loads(objects.read(place))
+        text = json.loads(metadata)
         if text["node_type"] == "group":
             return None
         codecs = [item["name"] for item in text["codecs"]]
@@ -297,8 +316,14 @@ def _array(objects: Objects, place: str) -> Array | None:
             raise _damaged(objects, place, f"format 1 has no {text['data_type']} with codecs {codecs} and keys {keys!r}")
         shape, chunks = tuple(text["shape"]), tuple(text["chunk_grid"]["configuration"]["chunk_shape"])
         names = tuple(text["dimension_names"])
-        return Array(shape, chunks, _DTYPES[text["data_type"]], names, text["attributes"], compressed)
-    except (ValueError, KeyError, TypeError) as error:
+        found = Array(shape, chunks, _DTYPES[text["data_type"]], names, dict(text["attributes"]), compressed)
+        whole = all(isinstance(size, int) and size > 0 for size in (*shape, *chunks))
+        if not whole or not shape or not len(shape) == len(chunks) == len(names) or shape[1:] != chunks[1:]:
+            raise _damaged(objects, place, f"format 1 has no shape {shape} in chunks {chunks}, named {names}")
+        if _of_states(place.removesuffix("/zarr.json")) and len(found.attributes["states"]) != shape[1]:
+            raise _damaged(objects, place, f"{len(found.attributes['states'])} states are named, and {shape[1]} are stored")
+        return found
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise _damaged(objects, place, f"these are no Zarr v3 metadata ({type(error).__name__}: {error})") from None
 
 

@@ -58,7 +58,7 @@ WAYS = [
 def test_an_epoch_gives_every_example_once_with_its_own_rows(caches, name, way, block, monkeypatch):
     monkeypatch.setattr("stages.loader.BLOCK_BYTES", block)
     cache = caches[name]
-    if way["how"] == "random" and cache.whole:
+    if way["how"] == "random" and cache.why_whole:
         return
     for examples in (None, np.arange(0, 60, 3)):
         mine = loader(cache, examples=examples, **way)
@@ -124,7 +124,7 @@ def test_a_forked_worker_reads_into_memory_of_its_own():
 @pytest.mark.parametrize("name", CODECS)
 def test_a_batch_that_is_held_stays_as_it_was(caches, name, how):
     """Memory is used again only where nobody looks at it any more."""
-    if how == "random" and caches[name].whole:
+    if how == "random" and caches[name].why_whole:
         return
     mine = loader(caches[name], how, window_chunks=2)
     kept = [(batch, batch.rows.clone()) for epoch in (1, 2) for batch in mine.epoch(0, epoch)]
@@ -291,7 +291,7 @@ def test_a_position_in_another_order_is_refused(cache):
 @pytest.mark.parametrize("array", ["values", "scales"])
 @pytest.mark.parametrize("harm", ["flip", "gone"])
 def test_a_damaged_chunk_stops_training(caches, tmp_path, name, how, array, harm):
-    if (how == "random" and caches[name].whole) or array not in caches[name].stored("encoder"):
+    if (how == "random" and caches[name].why_whole) or array not in caches[name].stored("encoder"):
         return
     path = shutil.copytree(caches[name].path, tmp_path / "cache")
     mine = loader(store.open(path), how, window_chunks=2)

@@ -1,5 +1,6 @@
 """Opening gives exactly the bytes that were published, or fails loudly; plain Zarr reads the same."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,8 +14,9 @@ import zarr
 from test_writer import Toy, content
 
 import store
-from store import Damaged
+from store import Damaged, layout, manifest
 from store.codecs import codec
+from store.files import Receipt
 
 OBJECTS = sorted(
     {
@@ -93,6 +95,51 @@ def test_a_link_in_a_caches_place_is_refused(mine, tmp_path):
     place.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(Damaged, match="may not leave its cache"):
         store.open(mine)
+
+
+def retold(mine, place, change):
+    """Metadata changed as somebody would who knows how: the manifest agrees with them."""
+    text = json.loads((mine / place).read_text())
+    data = json.dumps(change(text)).encode() if callable(change) else change
+    (mine / place).write_bytes(data)
+    was = manifest.load(mine)
+    objects = was.objects | {place: Receipt(len(data), hashlib.sha256(data).hexdigest())}
+    (mine / "manifest.json").write_bytes(manifest.dump(was._replace(objects=objects)))
+
+
+def grid(*sizes):
+    return lambda text: text | {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(sizes)}}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        grid(0, 2, 3), grid(-8, 2, 3), grid(8, 1, 3), grid(16, 1, 3), grid(8, 2), grid(8.0, 2, 3), grid(),
+        *(lambda text, shape=shape: text | {"shape": shape} for shape in ("abc", [1e3, 2, 3], [], [1000], [48, 3, 3], None)),
+        *(lambda text, told=told: text | {"attributes": told} for told in ({}, [], None, {"states": ["a"]}, {"states": 2})),
+        lambda text: text | {"dimension_names": ["row"]}, lambda text: [text], b"[" * 100_000, b"", b"\xff",
+    ],
+)  # fmt: skip
+def test_metadata_that_mislead_are_refused_at_opening(mine, change):
+    retold(mine, "encoder/values/zarr.json", change)
+    with pytest.raises(Damaged, match=r"encoder/values"):
+        store.open(mine)
+
+
+def test_metadata_retold_as_they_were_open(mine):
+    retold(mine, "encoder/values/zarr.json", lambda text: text)
+    assert len(read_all(mine)) == 11
+
+
+def test_a_column_may_be_called_values(tmp_path):
+    toy = Toy()
+    path = f"examples/{layout.column_path('values')}"
+    toy.tables[path] = np.arange(11)
+    toy.arrays[path] = layout.flat_array(toy.tables[path])
+    toy.build(tmp_path)
+    cache = store.open(toy.path(tmp_path))
+    assert list(cache.states) == ["encoder"] and cache.columns() == ["values"]
+    assert np.array_equal(cache.column("values")[0], np.arange(11)) and np.array_equal(cache.rows(3), toy.expected(3))
 
 
 def test_what_is_no_cache_says_so(tmp_path):
