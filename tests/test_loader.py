@@ -107,6 +107,11 @@ def test_a_larger_buffer_is_not_made_for_what_is_a_little_larger():
     assert space((150,), "|u1").data_ptr() == place
 
 
+def test_without_slack_memory_is_as_large_as_asked_for():
+    space = Space(most=1, pinned=False, slack=1)
+    assert space((100,), "|u1").shape == (100,) and [len(kept) for kept in space._kept] == [100]
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_worker_reads_into_memory_of_its_own():
     import os
