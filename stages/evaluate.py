@@ -35,13 +35,17 @@ def outputs(head: Head, logits: torch.Tensor) -> torch.Tensor:
 def say(head: Head, loader: Loader) -> Said:
     """Run a head over a loader, in order, without dropout."""
     head.eval()
-    places, found, labels = [], [], []
+    said, done = None, 0
     with torch.inference_mode():
         for batch in loader.in_order():
-            places.append(batch.place)
-            found.append(outputs(head, head(batch)).cpu())
-            labels.append(batch.labels.cpu())
-    return Said(torch.cat(places).numpy(), torch.cat(found).numpy(), torch.cat(labels).numpy())
+            parts = [part.cpu().numpy() for part in (batch.place, outputs(head, head(batch)), batch.labels)]
+            if said is None:  # room for all at once: small pieces that stay would keep an allocator from using large ones again
+                said = Said(*(np.empty((len(loader), *part.shape[1:]), part.dtype) for part in parts))
+            for whole, part in zip(said, parts, strict=True):
+                whole[done : done + len(part)] = part
+            done += len(batch.labels)
+    assert said is not None and done == len(loader), (done, len(loader))
+    return said
 
 
 def score(task: Task, said: Said) -> dict[str, float]:
