@@ -112,6 +112,8 @@ class ReadOptions(_Frozen):
     where left out: for images"""
     dropout: Share = 0.1
     """in the head"""
+    shared: bool = False
+    """of several tasks: whether one READ serves them all, with a head for each"""
 
 
 class ScheduleOptions(_Frozen):
@@ -127,6 +129,8 @@ class ScheduleOptions(_Frozen):
     """epochs without a better score before training stops"""
     hold_out: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """share of the train split that chooses the epoch and is not trained on"""
+    stream_seed: Annotated[int, Field(ge=0)] | None = None
+    """seed of that part and of the order of batches, which heads that train together share; where left out: --seed"""
 
 
 class ReadingOptions(_Frozen):
@@ -144,8 +148,11 @@ class ReadingOptions(_Frozen):
 
 
 class Train(_Spread):
-    """Stage two: train a READ from the cache; extracts first only what is missing."""
+    """Stage two: train a READ from the cache; extracts first only what is missing. Several tasks, or several seeds, train together:
+    those on the same inputs from one stream."""
 
+    label: str | None = None
+    """the column that holds the labels; where left out: the task's own"""
     cell: str = "gru"
     """READ's cell: rnn, gru, lstm or mingru"""
     hidden: Count = 256
@@ -160,6 +167,10 @@ class Train(_Spread):
     """peak learning rate"""
     batch: Count = 32
     """examples a step"""
+    seeds: Count = 1
+    """how many heads, with seeds from SEED on: their mean and standard deviation are told"""
+    track: Literal["none", "tensorboard", "trackio"] = "none"
+    """who is told of each epoch beside the JSON lines under STORE; needs the `track` extra"""
     cache: str | None = None
     """prefix of a fingerprint, to choose where several caches match"""
     no_extract: bool = False
@@ -177,6 +188,21 @@ class Ablate(Train):
 
     seeds: Annotated[int, Field(ge=2)] = 5
     """how many, from SEED on"""
+
+
+class Sweep(Train):
+    """Train many heads that differ in what a grid says, WIDTH of them in one pass; what is trained already is not trained again."""
+
+    grid: Place | None = None
+    """.yaml file: option -> values, every combination of which is trained; or a list of such grids"""
+    trials: Count | None = None
+    """with the `sweep` extra: let Optuna propose so many settings from the grid's values and ranges; where left out: all of the grid"""
+    width: Count = 32
+    """heads that train in one pass"""
+
+
+class Report(Catalog):
+    """One HTML page and one Markdown file under STORE: what the runs there say."""
 
 
 class _OfRun(_OnDevice):
@@ -210,8 +236,8 @@ class Predict(_OfRun):
 
 class Bench(Train):
     """Measure what the README shows. `extract`: stage one beside the bare forward pass. `read`: the loader beside its peers.
-    `codec`: bytes, and what a codec costs in quality. `train`: a step with loading beside one without, and memory. `all`: these
-    four. `glue` trains every GLUE task on one backbone, `recipes` compares variants of the defaults."""
+    `codec`: bytes, and what a codec costs in quality. `train`: a step with loading beside one without, and memory. `heads`: many
+    heads in one pass beside one after another. `all`: these five. `glue` trains every GLUE task on one backbone, `recipes` compares variants of the defaults."""
 
     what: str = "all"
     """which table"""
@@ -222,7 +248,7 @@ class Bench(Train):
     seeds: Count = 3
     """of `recipes` and `codec`: how many"""
     repeats: Count = 5
-    """of `extract`, `read` and `train`: how often each is timed, in turn with what it is compared with; medians are told"""
+    """of `extract`, `read`, `train` and `heads`: how often each is timed, in turn with what it is compared with; medians are told"""
 
     def tasks(self, *default: str) -> list[str]:
         """The tasks that are asked for."""
@@ -231,12 +257,12 @@ class Bench(Train):
     def training(self, task: str, **changes: Any) -> Train:
         """The training of one of them, with changes."""
         said = {name: getattr(self, name) for name in Train.model_fields}
-        return Train(**said | {"task": task} | changes)
+        return Train(**said | {"task": task, "seeds": 1} | changes)
 
 
 COMMANDS: dict[str, type[_Frozen]] = {
-    "plan": Plan, "extract": Extract, "train": Train, "ablate": Ablate, "evaluate": Evaluate, "predict": Predict,
-    "catalog": Catalog, "bench": Bench,
+    "plan": Plan, "extract": Extract, "train": Train, "sweep": Sweep, "ablate": Ablate, "evaluate": Evaluate, "predict": Predict,
+    "catalog": Catalog, "report": Report, "bench": Bench,
 }  # fmt: skip
 
 C = TypeVar("C", bound=_Frozen)

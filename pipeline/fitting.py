@@ -1,6 +1,6 @@
-"""Train one head from open caches and score it: what `train` does once, and `ablate` many times."""
+"""Train heads from open caches and score them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,13 +8,15 @@ import torch
 
 from pipeline.config import Train
 from pipeline.opening import Opened
+from stages import baselines
 from stages.access import Access, Choice, choose
-from stages.evaluate import say, score
+from stages.evaluate import say_all, score
 from stages.heads import Head
 from stages.loader import Loader, at_once
 from stages.shape import Shape, build, count
+from stages.stack import stacks
 from stages.tasks import labelled
-from stages.train import Schedule, Trained, hold_out, train
+from stages.train import Learner, Schedule, Trained, hold_out, train
 from store.errors import Refused
 
 EVALUATION_BATCH = 256
@@ -47,27 +49,54 @@ def reading(config: Train, opened: Opened, streams: list[str], device: torch.dev
 
 
 def loaders(
-    config: Train, opened: Opened, seed: int, streams: list[str], device: torch.device, access: Access | None = None
+    config: Train, opened: Opened | Sequence[Opened], seed: int, streams: list[str], device: torch.device, access: Access | None = None
 ) -> Loaders:
-    """Split the train cache by the seed, and load what the head reads. Raises Refused where there is nothing to learn.
+    """Split the train cache by the seed, and load what the heads read. Raises Refused where there is nothing to learn.
 
-    access: chosen before; chosen here where left out.
+    opened: one, or several tasks on the same caches: what has a label for one of them is loaded. access: chosen before; chosen
+    here where left out.
     """
-    task, labels = opened.task, opened.labels
-    fit, choose = hold_out(labels[task.train], config.schedule.hold_out, seed)
-    if task.kind == "classification" and len(np.unique(labels[task.train][fit])) < 2:
-        only = task.classes[labels[task.train][fit][0]] if task.classes else ""
-        raise Refused(f"every training label is {only!r}: there is nothing to tell apart; raise LIMIT, or mend the data")
+    every = [opened] if isinstance(opened, Opened) else opened
+    first = every[0]
+    fit, choose = hold_out(_known(every, first.task.train), config.schedule.hold_out, seed)
+    for each in every:
+        task, labels = each.task, each.labels[each.task.train]
+        if task.kind == "classification" and len(found := np.unique(labels[fit][labels[fit] >= 0])) < 2:
+            only = task.classes[found[0]] if task.classes and len(found) else ""
+            raise Refused(f"every training label is {only!r}: there is nothing to tell apart; raise LIMIT, or mend the data")
 
-    access = access or reading(config, opened, streams, device).access
+    access = access or reading(config, first, streams, device).access
 
     def load(split: str, examples: np.ndarray, batch: int | None = None) -> Loader:
-        cache = opened.caches[split]
+        cache = first.caches[split]
         size = batch or at_once(cache, streams, EVALUATION_BATCH)
-        return Loader(cache, examples, labels[split], size, device, streams, access)
+        return Loader(cache, examples, first.labels[split], size, device, streams, access)
 
-    scored = {split: load(split, labelled(labels[split])) for split in task.evaluation}
-    return Loaders(load(task.train, fit, config.batch), load(task.train, choose), scored)
+    scored = {split: load(split, labelled(_known(every, split))) for split in first.task.evaluation}
+    return Loaders(load(first.task.train, fit, config.batch), load(first.task.train, choose), scored)
+
+
+def _known(opened: Sequence[Opened], split: str) -> np.ndarray:
+    """(N,) 0 for what has a label for one of the tasks, -1 for the rest."""
+    found = np.full(len(opened[0].labels[split]), -1)
+    for each in opened:
+        found[labelled(each.labels[split])] = 0
+    return found
+
+
+def plain(opened: Opened, loaded: Loaders, shape: Shape) -> dict[str, dict[str, dict[str, float]]]:
+    """The scores of majority and linear probe, from the examples that have a label for this task."""
+
+    def own(loader: Loader, split: str) -> Loader:
+        labels = opened.labels[split]
+        if loader.labels is labels:
+            return loader
+        known = loader.examples[np.isin(loader.examples, labelled(labels))]
+        return Loader(loader.cache, known, labels, loader.batch, loader.device, loader.streams, loader.access)
+
+    train = opened.task.train
+    scored = {split: own(loader, split) for split, loader in loaded.scored.items()}
+    return baselines.beside(opened.task, own(loaded.fit, train), own(loaded.choose, train), scored, shape.pool, shape.depths)
 
 
 def fresh(opened: Opened, shape: Shape, answers: torch.Tensor | None, fit: Loader, seed: int) -> Head:
@@ -91,13 +120,39 @@ def schedule(config: Train, seed: int) -> Schedule:
     return Schedule(config.epochs, config.lr, said.weight_decay, said.warmup, said.clip, said.patience, seed)
 
 
+def learner(config: Train, opened: Opened, shape: Shape, answers: torch.Tensor | None, fit: Loader, seed: int) -> Learner:
+    """A fresh head that is to learn. answers: (K, D) label words of a verbalizer."""
+    head = fresh(opened, shape, answers, fit, seed)
+    return Learner(head, shape, opened.task, opened.labels[opened.task.train], schedule(config, seed))
+
+
 def fit(
-    head: Head, opened: Opened, loaded: Loaders, plan: Schedule, told: Callable[[dict[str, Any]], None] = lambda _: None
-) -> Fitted:
-    """Train a head, keep its best epoch, score it. One without parameters (label words on the final state) is scored as it is."""
-    if count(head):
-        outcome = train(head, opened.task, loaded.fit, loaded.choose, plan, told)
-        head.load_state_dict(outcome.weights)
-    else:
-        outcome = Trained(0, {}, [])
-    return Fitted(head, outcome, {s: score(opened.task, say(head, loader)) for s, loader in loaded.scored.items()})
+    learners: Sequence[Learner],
+    opened: Sequence[Opened],
+    loaded: Loaders,
+    seed: int,
+    told: Callable[[int, dict[str, Any]], None] = lambda number, line: None,
+    seen: Callable[[int], None] = lambda examples: None,
+) -> list[Fitted]:
+    """Train heads from one stream, keep of each its best epoch, score it. One without parameters (label words on the final state)
+    is scored as it is, and one that found no number for its loss is not scored.
+
+    opened: of each its task and labels, on the same caches. seed: of the order of batches.
+    """
+    taught = [number for number, each in enumerate(learners) if count(each.head)]
+    outcomes = [Trained(0, {}, []) for _ in learners]
+    if taught:
+        some = train(
+            [learners[n] for n in taught], loaded.fit, loaded.choose, seed, lambda m, line: told(taught[m], line), seen
+        )
+        for number, outcome in zip(taught, some, strict=True):
+            outcomes[number] = outcome
+            learners[number].head.load_state_dict(outcome.weights or learners[number].head.state_dict())
+    learned = [n for n, each in enumerate(learners) if outcomes[n].epoch or not count(each.head)]
+    metrics: list[dict[str, dict[str, float]]] = [{} for _ in learners]
+    made = stacks([learners[n].head for n in learned], [learners[n].shape for n in learned], [0] * len(learned))
+    for split, loader in loaded.scored.items():
+        for (which, _), words in zip(made, say_all([stack for _, stack in made], loader), strict=True):
+            for number, said in zip((learned[m] for m in which), words, strict=True):
+                metrics[number][split] = score(opened[number].task, said, opened[number].labels[split])
+    return [Fitted(*item) for item in zip((each.head for each in learners), outcomes, metrics, strict=True)]

@@ -1,6 +1,7 @@
 """The caches that stage two trains from: found, or extracted first; their labels; the shape of a head on them."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,9 @@ class Opened(NamedTuple):
 def check(config: Train) -> Task:
     """Refuse what can be refused by name alone; returns the task."""
     task = tasks.find(config.task)
+    if config.label not in (None, task.label):
+        # another column of the same data: its classes are found in it
+        task = replace(task, label=config.label, classes=None, words=None)
     check_rule(config.tokens)
     check_codec(config.codec, config.reading.access)
     check_names(config.cell)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -32,14 +32,7 @@ class Show:
 
     def table(self, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
         """A table; numbers to the right."""
-        table = Table(box=None, pad_edge=False)
-        body = [[_cell(value) for value in row] for row in rows]
-        for index, column in enumerate(columns):
-            right = bool(body) and all(row[index][:1].isdigit() or row[index] in ("", "–") for row in body)
-            table.add_column(column, justify="right" if right else "left", no_wrap=True)
-        for row in body:
-            table.add_row(*row)
-        self.console.print(table)
+        self.console.print(_table(columns, rows))
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str) -> Iterator["Meter"]:
@@ -47,7 +40,7 @@ class Show:
         if not self.console.is_terminal:
             yield Meter(self, what, total, unit, None)
             return
-        bar = Progress(
+        bar = _Bar(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             TextColumn("{task.fields[unit]} {task.fields[rate]}"), TimeRemainingColumn(), console=self.console,
         )  # fmt: skip
@@ -55,14 +48,34 @@ class Show:
             yield Meter(self, what, total, unit, bar)
 
 
+class _Bar(Progress):
+    """A bar with a table below it."""
+
+    below: Table | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, and the table where there is one."""
+        yield from super().get_renderables()
+        if self.below:
+            yield self.below
+
+
 class Meter:
     """Counts units and says how fast, and how much longer."""
 
-    def __init__(self, show: Show, what: str, total: int, unit: str, bar: Progress | None) -> None:
+    def __init__(self, show: Show, what: str, total: int, unit: str, bar: _Bar | None) -> None:
         self.show, self.what, self.total, self.unit, self.bar = show, what, total, unit, bar
         self.done, self.skipped = 0, 0
         self.begun = self.told = time.monotonic()
         self.task = bar.add_task(what, total=total, unit=unit, rate="") if bar else None
+
+    def beside(self, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+        """A small table that goes with the progress: below the bar, in place of the one before; without a terminal it is printed."""
+        if self.bar is None:
+            self.show.table(columns, rows)
+            return
+        self.bar.below = _table(columns, rows)
+        self.bar.refresh()
 
     def skip(self, count: int) -> None:
         """Units that were there already: they count as done, not as speed."""
@@ -82,6 +95,17 @@ class Meter:
             self.told = time.monotonic()
             left = duration((self.total - self.done) / rate) if rate > 0 else "?"
             self.show.line(f"{self.what}  {self.done:,}/{self.total:,} {self.unit}  {rate:,.0f}/s  {left} left")
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    body = [[_cell(value) for value in row] for row in rows]
+    for index, column in enumerate(columns):
+        right = bool(body) and all(row[index][:1].isdigit() or row[index] in ("", "–") for row in body)
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    for row in body:
+        table.add_row(*row)
+    return table
 
 
 def _cell(value: Any) -> str:

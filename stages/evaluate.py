@@ -1,14 +1,17 @@
-"""What a head says of the examples of a loader."""
+"""What heads say of the examples of a loader."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from stages.heads import Head
+from stages.heads import Batch, Head
 from stages.loader import Loader
 from stages.metrics import scores
-from stages.tasks import Task
+from stages.stack import Stack
+from stages.tasks import Task, labelled
 
 
 class Said(NamedTuple):
@@ -27,27 +30,42 @@ class Said(NamedTuple):
         return self.outputs[:, 0] if self.outputs.shape[1] == 1 else self.outputs.argmax(1)
 
 
-def outputs(head: Head, logits: torch.Tensor) -> torch.Tensor:
-    """Logits (B, K) as probabilities; a regressor's predictions as they are."""
-    return logits if head.regression else logits.softmax(1)
+def outputs(head: Head, logits: Tensor) -> Tensor:
+    """Logits (…, K) as probabilities; a regressor's predictions as they are."""
+    return logits if head.regression else logits.softmax(-1)
 
 
 def say(head: Head, loader: Loader) -> Said:
     """Run a head over a loader, in order, without dropout."""
     head.eval()
-    said, done = None, 0
+    return _hear([lambda batch: outputs(head, head(batch))[None]], loader)[0][0]
+
+
+def say_all(stacks: Sequence[Stack], loader: Loader) -> list[list[Said]]:
+    """The same of all heads of several stacks, from one pass."""
+    return _hear([lambda batch, stack=stack: outputs(stack.like, stack.logits(batch)) for stack in stacks], loader)  # type: ignore[misc]
+
+
+def _hear(speakers: Sequence[Callable[[Batch], Tensor]], loader: Loader) -> list[list[Said]]:
+    """speakers: from a batch to (M, B, K)."""
+    n, done = len(loader), 0
+    place, labels = np.empty(n, np.int64), np.empty(n, loader.labels.dtype)
+    said: list[np.ndarray] = []  # (n, M, K) each, made once: small pieces that stay keep an allocator from using large ones again
     with torch.inference_mode():
         for batch in loader.in_order():
-            parts = [part.cpu().numpy() for part in (batch.place, outputs(head, head(batch)), batch.labels)]
-            if said is None:  # room for all at once: small pieces that stay would keep an allocator from using large ones again
-                said = Said(*(np.empty((len(loader), *part.shape[1:]), part.dtype) for part in parts))
+            here = slice(done, done + len(batch.labels))
+            parts = [speak(batch).transpose(0, 1).cpu().numpy() for speak in speakers]
+            said = said or [np.empty((n, *part.shape[1:]), part.dtype) for part in parts]
+            place[here], labels[here] = batch.place.numpy(), batch.labels.cpu().numpy()
             for whole, part in zip(said, parts, strict=True):
-                whole[done : done + len(part)] = part
-            done += len(batch.labels)
-    assert said is not None and done == len(loader), (done, len(loader))
-    return said
+                whole[here] = part
+            done = here.stop
+    assert done == n, (done, n)
+    return [[Said(place, whole[:, head], labels) for head in range(whole.shape[1])] for whole in said]
 
 
-def score(task: Task, said: Said) -> dict[str, float]:
-    """The task's metrics."""
-    return scores(task.metrics, said.predicted, said.labels)
+def score(task: Task, said: Said, labels: np.ndarray | None = None) -> dict[str, float]:
+    """The task's metrics. labels: (N,) of all examples of the cache where they are others than the loader's; what has none is left out."""
+    truth = said.labels if labels is None else labels[said.place]
+    known = labelled(truth)
+    return scores(task.metrics, said.predicted[known], truth[known])

@@ -162,6 +162,24 @@ class READ(Recurrence):
         a = states.mean(1) if self.aggregate == "mean" else self.last(states)  # (r, H)
         return cast(Tensor, rows[:, depths.final] + self.scale_out * self.out(a))  # (r, D)
 
+    def contributions(self, rows: Tensor, depths: Depths, beside: Tensor | None = None) -> Tensor:
+        """What each block adds to the correction: (r, L, D), whose sum over L is the correction but for b_o and r_0's part.
+
+        A block's part is what changes in the state there, r_l − r_{l−1}, as it goes into a: it stays in the states of all later
+        blocks, so that the mean over depth takes (L − l + 1) / L of it, and the last state takes all.
+        """
+        states = self.states(rows, depths, beside)
+        first = self._initial(rows, depths)
+        start = first[0] if isinstance(first, tuple) else first  # (directions, r, H) or None
+        parts, count = [], states.shape[1]
+        left = torch.arange(count, 0, -1, device=rows.device)[:, None] / count if self.aggregate == "mean" else 1.0
+        for direction, mine in enumerate(torch.split(states, self.hidden, 2)):
+            mine = mine.flip(1) if direction else mine
+            before = torch.zeros_like(mine[:, :1]) if start is None else start[direction][:, None]
+            part = mine.diff(dim=1, prepend=before) * left
+            parts.append(part.flip(1) if direction else part)
+        return self.scale_out * self.out.unit * (torch.cat(parts, 2) @ self.out.weight.T)
+
 
 class Joined(nn.Module):
     """The READ of an encoder-decoder: the encoder's recurrence, ψ by the frozen cross-attention, the decoder's READ."""
@@ -176,9 +194,12 @@ class Joined(nn.Module):
         rows: (r, S, D) of the encoder. attention: (r, L) of every cached decoder block. example: (r,) to which of the B
         examples a row belongs. decoder: (B, S, D). depths: the decoder's.
         """
+        return cast(Tensor, self.decoder(decoder, depths, self.psi(rows, attention, example, decoder, depths)))
+
+    def psi(self, rows: Tensor, attention: Tensor, example: Tensor, decoder: Tensor, depths: Depths) -> Tensor:
+        """ψ (B, L, H): what each example's decoder row hears at each block. Arguments as above."""
         heard = self.encoder.last(self.encoder.states(rows, self.encoder_depths))  # (r, H)
         columns = [block - (0 if depths.embedding is None else depths.embedding + 1) for block in depths.blocks]
         empty = heard.new_zeros(len(decoder), heard.shape[1])
         # block by block: never (r, L, H) at once
-        psi = torch.stack([empty.index_add(0, example, attention[:, column, None] * heard) for column in columns], 1)  # (B, L, H)
-        return cast(Tensor, self.decoder(decoder, depths, psi))
+        return torch.stack([empty.index_add(0, example, attention[:, column, None] * heard) for column in columns], 1)

@@ -1,18 +1,21 @@
-"""Train one head: AdamW, warm-up then linear decay, gradient clipping, best epoch kept, early stopping."""
+"""Train M heads from one stream: AdamW, warm-up then linear decay, clipping, early stopping, best epoch: of each its own."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stages.evaluate import say, score
-from stages.heads import Head
+from stages.evaluate import say_all, score
+from stages.heads import Batch, Head
 from stages.loader import Loader
+from stages.optimise import AdamW
+from stages.shape import Shape
+from stages.stack import Stack, stacks
 from stages.tasks import Task, labelled
 from store.errors import Refused
 from store.order import shuffled
@@ -20,7 +23,7 @@ from store.order import shuffled
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to train."""
+    """How to train a head."""
 
     epochs: int = 10
     lr: float = 1e-3
@@ -33,21 +36,62 @@ class Schedule:
     patience: int = 3
     """epochs without a better score before training stops"""
     seed: int = 0
+    """of dropout"""
 
     def rate(self, done: float) -> float:
         """Learning rate after the share `done` of all examples of all epochs."""
         return self.lr * min(1.0, done / self.warmup if self.warmup else 1.0, (1 - done) / (1 - self.warmup))
 
 
+class Learner(NamedTuple):
+    """A head that is to learn."""
+
+    head: Head
+    """fresh"""
+    shape: Shape
+    """of equal ones, but for dropout, a stack is made"""
+    task: Task
+    labels: np.ndarray
+    """(N,) of the cache that trains, with -1 or NaN where there is none"""
+    schedule: Schedule
+
+
 class Trained(NamedTuple):
     """The outcome of training."""
 
     epoch: int
-    """the best, counted from 1"""
+    """the best, counted from 1; 0 where there is none, since the loss was no number from the first on"""
     weights: dict[str, Tensor]
     """of the best epoch, on the CPU"""
     curve: list[dict[str, Any]]
-    """a line an epoch: loss, score on the choosing part, learning rate, seconds"""
+    """a line an epoch: loss, score on the choosing part, learning rate, seconds since training began"""
+
+
+class _Group:
+    """Heads of one shape that still learn."""
+
+    def __init__(self, which: list[int], stack: Stack, learners: Sequence[Learner], columns: Sequence[int]) -> None:
+        """which: of all learners. columns: of each of all learners, which of the label arrays is its own."""
+        self.which, self.stack = which, stack
+        self.columns, self.schedules = [columns[n] for n in which], [learners[n].schedule for n in which]
+        self.optimiser = AdamW(stack, [s.weight_decay for s in self.schedules], [s.clip for s in self.schedules])
+        self.loss = torch.zeros(len(which), device=stack.rows.device)
+        """summed over the examples of an epoch"""
+
+    def step(self, batch: Batch, labels: Tensor, done: float) -> None:
+        """One step. labels: (U, B) of all label arrays. done: epochs."""
+        losses = self.stack.losses(batch, labels if len(labels) == 1 else labels[self.columns])
+        self.stack.backward(losses)
+        self.optimiser.step([schedule.rate(min(1.0, done / schedule.epochs)) for schedule in self.schedules])
+        self.loss += losses.detach() * labels.shape[1]
+
+    def keep(self, left: list[int]) -> None:
+        """Let go of all heads but these."""
+        if left:
+            self.stack.keep(left)
+            self.optimiser.keep(left)
+        self.which, self.columns = [self.which[m] for m in left], [self.columns[m] for m in left]
+        self.schedules = [self.schedules[m] for m in left]
 
 
 def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,42 +111,73 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
 
 
 def train(
-    head: Head, task: Task, fit: Loader, choose: Loader, schedule: Schedule, told: Callable[[dict[str, Any]], None]
-) -> Trained:
-    """Train on `fit`, keep the epoch that scores best on `choose`, by the task's first metric.
+    learners: Sequence[Learner],
+    fit: Loader,
+    choose: Loader,
+    seed: int,
+    told: Callable[[int, dict[str, Any]], None] = lambda number, line: None,
+    seen: Callable[[int], None] = lambda examples: None,
+) -> list[Trained]:
+    """Train all on the batches of `fit`; of each keep the epoch that scores best on `choose`, by its task's first metric.
 
-    told: called with each line of the curve as it comes. Repeats exactly on a CPU with the same seed and threads.
+    A head learns as it would alone, from the same batches. One that stops, or whose loss is no number any more, costs nothing
+    from then on. seed: of the order of batches. told: called with each line of a learner's curve as it comes. seen: with how many
+    examples were gone through. Repeats exactly on a CPU with the same seeds and threads.
+
+    Raises Refused where no head has learned anything.
     """
-    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": schedule.weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for parameter in head.parameters():
-        groups[parameter.ndim < 2]["params"].append(parameter)  # norms and biases are not decayed
-    optimiser = torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
-    metric = task.metrics[0]
-    best: tuple[float, int, dict[str, Tensor]] = (-math.inf, 0, {})
-    curve: list[dict[str, Any]] = []
-    for epoch in range(1, schedule.epochs + 1):
-        begun, loss, seen = time.perf_counter(), torch.zeros((), device=fit.device), 0
-        head.train()
-        for batch in fit.epoch(schedule.seed, epoch):
-            rate = schedule.rate((epoch - 1 + (seen + len(batch.labels)) / len(fit)) / schedule.epochs)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            batch_loss = head.loss(batch)
-            torch.autograd.backward(batch_loss)
-            nn.utils.clip_grad_norm_(head.parameters(), schedule.clip)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            loss += batch_loss.detach() * len(batch.labels)
-            seen += len(batch.labels)
-        mean = float(loss) / seen
-        if not math.isfinite(mean) or not all(torch.isfinite(parameter).all() for parameter in head.parameters()):
-            raise Refused(f"the loss is {mean} in epoch {epoch}: the learning rate {schedule.lr} is too high; lower LR")
-        found = score(task, say(head, choose))
-        line = {"epoch": epoch, "loss": mean, "choose": found, "lr": rate, "seconds": time.perf_counter() - begun}
-        curve.append(line)
-        told(line)
-        if found[metric] > best[0]:
-            best = (found[metric], epoch, {k: v.detach().cpu().clone() for k, v in head.state_dict().items()})
-        elif epoch - best[1] >= schedule.patience:
-            break
-    return Trained(best[1], best[2], curve)
+    outcomes = [Trained(0, {}, []) for _ in learners]
+    best = [-math.inf] * len(learners)
+    arrays, columns = _distinct([learner.labels for learner in learners])
+    table = torch.from_numpy(np.stack(arrays)) if len(arrays) > 1 else None  # (U, N)
+    made = stacks([each.head for each in learners], [each.shape for each in learners], [each.schedule.seed for each in learners])
+    groups = [_Group(which, stack, learners, columns) for which, stack in made]
+    begun, epoch = time.perf_counter(), 0
+    while groups:
+        epoch, done = epoch + 1, 0
+        for group in groups:
+            group.loss = torch.zeros(len(group.which), device=fit.device)
+        for batch in fit.epoch(seed, epoch):
+            done += len(batch.labels)
+            labels = batch.labels[None] if table is None else table[:, batch.place].to(batch.labels.device)
+            for group in groups:
+                group.step(batch, labels, epoch - 1 + done / len(fit))
+            seen(len(batch.labels))
+        said = say_all([group.stack for group in groups], choose)
+        for group, words in zip(groups, said, strict=True):
+            left, losses = [], (group.loss / done).tolist()
+            finite = group.stack.rows.isfinite().all(1).tolist()
+            for m, number in enumerate(group.which):
+                learner, schedule, outcome = learners[number], group.schedules[m], outcomes[number]
+                if not (math.isfinite(losses[m]) and finite[m]):
+                    continue
+                found = score(learner.task, words[m], learner.labels)
+                seconds = time.perf_counter() - begun
+                line = {"epoch": epoch, "loss": losses[m], "choose": found, "lr": schedule.rate(epoch / schedule.epochs),
+                        "seconds": seconds}  # fmt: skip
+                outcome.curve.append(line)
+                if found[learner.task.metrics[0]] > best[number]:
+                    best[number] = found[learner.task.metrics[0]]
+                    outcomes[number] = outcome._replace(epoch=epoch, weights=group.stack.weights(m))
+                told(number, line)
+                if epoch < schedule.epochs and epoch - outcomes[number].epoch < schedule.patience:
+                    left.append(m)
+            if len(left) < len(group.which):
+                group.keep(left)
+        groups = [group for group in groups if group.which]
+    if not any(outcome.epoch for outcome in outcomes):
+        rates = ", ".join(f"{rate:g}" for rate in sorted({learner.schedule.lr for learner in learners}))
+        raise Refused(f"the loss is no number in epoch {epoch}: the learning rate {rates} is too high; lower LR")
+    return outcomes
+
+
+def _distinct(labels: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[int]]:
+    """The label arrays that there are, and of each learner which is its own."""
+    arrays: list[np.ndarray] = []
+    columns = []
+    for mine in labels:
+        same = (n for n, other in enumerate(arrays) if other is mine or np.array_equal(other, mine, equal_nan=mine.dtype.kind == "f"))
+        columns.append(next(same, len(arrays)))
+        if columns[-1] == len(arrays):
+            arrays.append(mine)
+    return arrays, columns

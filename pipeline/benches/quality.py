@@ -141,6 +141,6 @@ def _held_out(config: Train, opened: Opened, seed: int, device: torch.device, pr
     if probe:
         scores = baselines.beside(opened.task, *loaded, shape.pool, shape.depths)["linear_probe"]
     else:
-        head = fitting.fresh(opened, shape, label_words(config, opened, shape), loaded.fit, seed)
-        scores = fitting.fit(head, opened, loaded, fitting.schedule(config, seed)).metrics
+        learner = fitting.learner(config, opened, shape, label_words(config, opened, shape), loaded.fit, seed)
+        scores = fitting.fit([learner], [opened], loaded, seed)[0].metrics
     return float(scores["held"][opened.task.metrics[0]])

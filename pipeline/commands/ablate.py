@@ -33,6 +33,15 @@ class Row(NamedTuple):
     """one a seed, of the task's first metric on its first evaluation split"""
 
 
+class _Asked(NamedTuple):
+    """A reading of the states that is to be trained."""
+
+    name: str
+    config: Ablate
+    opened: Opened
+    shape: Shape
+
+
 def run(config: Ablate, show: Show) -> dict[str, Any]:
     """The command `ablate`."""
     task, device = check(config), pick(config.device)
@@ -43,15 +52,14 @@ def run(config: Ablate, show: Show) -> dict[str, Any]:
     seeds = range(config.seed, config.seed + config.seeds)
     # a control reads the decoder's row alone: so does the READ that it is compared with
     apart = config.model_copy(update={"read": config.read.model_copy(update={"joiner": "none"})})
-    rows = [_probe(config, opened, seeds, device)]
-    joined = _shape(config, opened, "read")
-    if joined.joined:
-        rows.append(_row(JOINED, config, opened, joined, seeds, device, show))
-    for control, name in CONTROLS.items():
-        rows.append(_row(name, apart, opened, _shape(apart, opened, control), seeds, device, show))
+    asked = []
+    if (joined := _shape(config, opened, "read")).joined:
+        asked.append(_Asked(JOINED, config, opened, joined))
+    asked += [_Asked(name, apart, opened, _shape(apart, opened, control)) for control, name in CONTROLS.items()]
     if not isinstance(untrained, str):
         own, twin = untrained
-        rows.append(_row(UNTRAINED, own, twin, _shape(own, twin, "read"), seeds, device, show))
+        asked.append(_Asked(UNTRAINED, own, twin, _shape(own, twin, "read")))
+    rows = [_probe(config, opened, seeds, device), *_rows(asked, seeds, device, show)]
     metric, split = opened.task.metrics[0], opened.task.evaluation[0]
     show.table(
         ["", "parameters", f"{metric}, {split}", "standard deviation"],
@@ -95,16 +103,27 @@ def _probe(config: Ablate, opened: Opened, seeds: range, device: torch.device) -
     return Row("linear probe on the final state", (shape.width + 1) * outputs, scores)
 
 
-def _row(name: str, config: Ablate, opened: Opened, shape: Shape, seeds: range, device: torch.device, show: Show) -> Row:
-    scores, parameters, answers = [], 0, label_words(config, opened, shape)
+def _rows(asked: list[_Asked], seeds: range, device: torch.device, show: Show) -> list[Row]:
+    """Train all of them, seed by seed: those that read the same streams of the same caches in one pass."""
+    scores: list[list[float]] = [[] for _ in asked]
+    parameters = [0] * len(asked)
+    words = [label_words(each.config, each.opened, each.shape) for each in asked]
+    passes = {(id(each.opened), *each.shape.states) for each in asked}
     for seed in seeds:
-        loaded = fitting.loaders(config, opened, seed, list(shape.states), device)
-        head = fitting.fresh(opened, shape, answers, loaded.fit, seed)
-        parameters = count(head)
-        fitted = fitting.fit(head, opened, loaded, fitting.schedule(config, seed))
-        scores.append(_score(opened, fitted.metrics))
-        show.line(f"{name}, seed {seed}: {scores[-1]:.4f}, best epoch {fitted.outcome.epoch}")
-    return Row(name, parameters, scores)
+        for opened, *streams in sorted(passes, key=str):
+            which = [n for n, each in enumerate(asked) if (id(each.opened), *each.shape.states) == (opened, *streams)]
+            first = asked[which[0]]
+            loaded = fitting.loaders(first.config, first.opened, seed, streams, device)
+            learners = [
+                fitting.learner(asked[n].config, asked[n].opened, asked[n].shape, words[n], loaded.fit, seed) for n in which
+            ]
+            for n, fitted in zip(which, fitting.fit(learners, [asked[n].opened for n in which], loaded, seed), strict=True):
+                if not fitted.metrics:
+                    raise Refused(f"{asked[n].name}: the loss is no number with LR={first.config.lr:g}; lower it")
+                parameters[n] = count(fitted.head)
+                scores[n].append(_score(asked[n].opened, fitted.metrics))
+                show.line(f"{asked[n].name}, seed {seed}: {scores[n][-1]:.4f}, best epoch {fitted.outcome.epoch}")
+    return [Row(each.name, parameters[n], scores[n]) for n, each in enumerate(asked)]
 
 
 def _untrained(config: Ablate, opened: Opened, show: Show) -> tuple[Ablate, Opened] | str:

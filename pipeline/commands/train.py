@@ -1,92 +1,34 @@
-"""Stage two: train a READ from the cache, score it beside the majority class and a linear probe, save the run."""
+"""Stage two: train READs from the cache, score them beside the majority class and a linear probe, save the runs."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from pipeline import fitting, runs
-from pipeline.config import Train
-from pipeline.opening import check, label_words, open_caches, shape_of
-from pipeline.show import Show, duration, size
-from stages import baselines
-from stages.device import pick
-from stages.shape import count
-from store import writer
+import numpy as np
 
-MANNER = {
-    "memory": "once, and kept in memory",
-    "random": "row by row in random order",
-    "windows": "by windows of chunks, shuffled within",
-}
-"""how caches are read, in words"""
+from pipeline import together
+from pipeline.commands import shared
+from pipeline.config import Train
+from pipeline.show import Show, duration, size
+from store.errors import Refused
 
 
 def run(config: Train, show: Show) -> dict[str, Any]:
-    """The command `train`."""
-    task, device = check(config), pick(config.device)
-    writer.check_writable(config.store / "runs" / task.name)
+    """The command `train`: every task that is named, with every seed."""
+    tasks = config.task.split(",")
+    if config.read.shared and len(tasks) < 2:
+        raise Refused("read.shared=true is one READ for several tasks; give TASK=a,b, or leave it out")
+    configs = [each for task in tasks for each in together.seeded(config.model_copy(update={"task": task}))]
     seconds: dict[str, float] = {}
-    with _clock(seconds, "extract"):
-        opened = open_caches(config, task, show)
-    task, recipe = opened.task, opened.recipe
-    shape = shape_of(config, task, recipe, width=opened.caches[task.train].width)
-    answers = label_words(config, opened, shape)
-    access, why = fitting.reading(config, opened, list(shape.states), device)
-    show.line(f"caches are read {MANNER[access.how]} ({why})")
-    loaded = fitting.loaders(config, opened, config.seed, list(shape.states), device, access)
-    with _clock(seconds, "train"):
-        head = fitting.fresh(opened, shape, answers, loaded.fit, config.seed)
-    parameters = {"read": count(head.read), "head": count(head) - count(head.read)}
-    show.line(
-        f"{task.name}: {len(loaded.fit):,} examples train, {len(loaded.choose):,} ({config.schedule.hold_out:.0%} of train, "
-        f"seeded) choose the epoch; READ({shape.width}, {shape.hidden}, {shape.cell}) {parameters['read']:,} parameters, "
-        f"head {parameters['head']:,}"
-    )
-    # before training: what can go wrong here should cost nothing
-    with _clock(seconds, "baselines"):
-        plain = baselines.beside(task, loaded.fit, loaded.choose, loaded.scored, shape.pool, shape.depths)
-    with _clock(seconds, "train"):
-        plan = fitting.schedule(config, config.seed)
-        fitted = fitting.fit(head, opened, loaded, plan, lambda line: show.line(_epoch(line)))
-
-    chosen = fitted.outcome.curve[fitted.outcome.epoch - 1]["choose"]
-    document = {
-        "task": task.name,
-        "fingerprints": {split: cache.fingerprint for split, cache in opened.caches.items()},
-        "metrics": fitted.metrics,
-        **plain,
-        "best_epoch": fitted.outcome.epoch,
-        "choose": chosen,
-        "trainable_parameters": parameters["read"] + parameters["head"],
-        "parameters": parameters,
-        "examples": {"train": len(loaded.fit), "choose": len(loaded.choose)} | {s: len(x) for s, x in loaded.scored.items()},
-        "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
-        "unlabelled": opened.unlabelled,
-        "unchecked": opened.unchecked,
-        "access": access.how,
-        "cache_bytes": sum(cache.manifest.bytes for cache in opened.caches.values()),
-    }
-    told = document | {
-        "config": config.model_dump(mode="json"),
-        "backbone": str(Path(config.backbone).resolve()) if Path(config.backbone).is_dir() else config.backbone,
-        "recipe": recipe,
-        "versions": {name: metadata.version(name) for name in ("torch", "numpy", "scikit-learn", "safetensors")},
-    }
-    name = runs.new_name(shape, recipe["tokens"], config.seed)
-    path = runs.save(config.store, task, name, shape, fitted.head.cpu(), told, fitted.outcome.curve)
-    _report(show, document, path)
-    return {"run": path.name, "path": str(path)} | document
+    asked = together.open_all(configs, show, seconds)
+    documents = (shared.train if config.read.shared else together.train)(asked, show, seconds)
+    if len(documents) == 1:
+        report(show, documents[0])
+        return documents[0]
+    trained = [document for document in documents if "run" in document]
+    return {"runs": documents, "summary": summary(show, trained, config.seeds)}
 
 
-def _epoch(line: dict[str, Any]) -> str:
-    chosen = "  ".join(f"{name} {value:.4f}" for name, value in line["choose"].items())
-    return f"epoch {line['epoch']:>2}  loss {line['loss']:.4f}  choosing part: {chosen}  {line['seconds']:.1f} s"
-
-
-def _report(show: Show, document: dict[str, Any], path: Path) -> None:
+def report(show: Show, document: dict[str, Any]) -> None:
+    """One run in a table."""
     rows = [
         [split, metric, document["majority"][split][metric], document["linear_probe"][split][metric], value]
         for split, values in document["metrics"].items()
@@ -95,12 +37,34 @@ def _report(show: Show, document: dict[str, Any], path: Path) -> None:
     show.table(["split", "metric", "majority", "linear probe", "READ"], rows)
     spent = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in document["seconds"].items())
     show.line(f"cache {size(document['cache_bytes'])}; {spent}; best epoch {document['best_epoch']}")
-    show.line(f"run {path.name} saved at {path}")
+    show.line(f"run {document['run']} saved at {document['path']}")
 
 
-@contextmanager
-def _clock(into: dict[str, float], phase: str) -> Iterator[None]:
-    """Seconds of one phase."""
-    begun = time.perf_counter()
-    yield
-    into[phase] = into.get(phase, 0.0) + time.perf_counter() - begun
+def summary(show: Show, documents: list[dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
+    """Several runs in one table: a line a task, split and metric, over its seeds."""
+    found: list[dict[str, Any]] = []
+    for task in dict.fromkeys(document["task"] for document in documents):
+        mine = [document for document in documents if document["task"] == task]
+        for split, values in mine[0]["metrics"].items():
+            for metric in values:
+                scores = [document["metrics"][split][metric] for document in mine]
+                found.append(
+                    {
+                        "task": task,
+                        "split": split,
+                        "metric": metric,
+                        "majority": mine[0]["majority"][split][metric],
+                        "linear_probe": mine[0]["linear_probe"][split][metric],
+                        "mean": float(np.mean(scores)),
+                        "standard_deviation": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+                        "runs": [document["run"] for document in mine],
+                    }
+                )
+    rows = [[r["task"], r["split"], r["metric"], r["majority"], r["linear_probe"], r["mean"]] for r in found]
+    columns = ["task", "split", "metric", "majority", "linear probe", "READ"]
+    if seeds > 1:
+        columns.append(f"standard deviation, {seeds} seeds")
+        rows = [[*row, line["standard_deviation"]] for row, line in zip(rows, found, strict=True)]
+    show.table(columns, rows)
+    show.line(f"{len(documents)} runs saved, from {documents[0]['run']} to {documents[-1]['run']}; `make report` shows them all")
+    return found
