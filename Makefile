@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 INPUTS := TASK BACKBONE STORE DATA TOKENS LAYERS CODEC MAX_LENGTH PROMPT WORDS LIMIT ORDER_SEED SEED DEVICE
-TRAIN  := DASK CELL HIDDEN POOL HEAD EPOCHS LR BATCH CACHE
+TRAIN  := DASK LABEL CELL HIDDEN POOL HEAD EPOCHS LR BATCH SEEDS TRACK CACHE
 OFRUN  := STORE DEVICE RUN TASK SPLIT
 ALWAYS := CONFIG SET
 
@@ -15,7 +15,7 @@ quote   = '$(subst ','\'',$(value $(1)))'
 options = $(foreach v,$(1) $(ALWAYS),$(if $(value $(v)),--$(shell echo $(v) | tr A-Z_ a-z-) $(call quote,$(v)))) $(if $(filter-out 0,$(JSON)),--json)
 
 .DEFAULT_GOAL := help
-.PHONY: help install plan extract train ablate evaluate predict catalog bench test lint
+.PHONY: help install plan extract train sweep ablate evaluate predict catalog report bench test lint
 
 help: ## every target, with its variables
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
@@ -34,6 +34,14 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]' >&2
 	@touch $@
 
+$(VENV)/.stamp-sweep: $(VENV)/.stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,sweep]' >&2
+	@touch $@
+
+$(VENV)/.stamp-track: $(VENV)/.stamp
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,track]' >&2
+	@touch $@
+
 $(VENV)/.stamp-bench: $(VENV)/.stamp
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,bench]' >&2
 	@touch $@
@@ -44,11 +52,14 @@ plan: install ## what stage one would do, and how large it would be: TASK BACKBO
 extract: install ## stage one, every split of the task: the same variables, DASK
 	@$(BIN)/readcache extract $(call options,$(INPUTS) SPLITS DASK)
 
-train: install ## stage two, extracting first what is missing: the same, CELL HIDDEN POOL HEAD EPOCHS LR BATCH CACHE NO_EXTRACT=1
+train: install $(if $(filter tensorboard trackio,$(TRACK)),$(VENV)/.stamp-track) ## stage two, extracting first what is missing: the same, CELL HIDDEN POOL HEAD EPOCHS LR BATCH SEEDS TRACK LABEL CACHE NO_EXTRACT=1
 	@$(BIN)/readcache train $(call options,$(INPUTS) $(TRAIN)) $(if $(filter-out 0,$(NO_EXTRACT)),--no-extract)
 
+sweep: install $(if $(TRIALS),$(VENV)/.stamp-sweep) ## many heads in a few passes: GRID=grid.yaml, TRIALS (Optuna proposes), WIDTH; the variables of train
+	@$(BIN)/readcache sweep $(call options,$(INPUTS) $(TRAIN) GRID TRIALS WIDTH) $(if $(filter-out 0,$(NO_EXTRACT)),--no-extract)
+
 ablate: install ## READ beside its controls, from the same cache: the same variables, SEEDS=5
-	@$(BIN)/readcache ablate $(call options,$(INPUTS) $(TRAIN) SEEDS) $(if $(filter-out 0,$(NO_EXTRACT)),--no-extract)
+	@$(BIN)/readcache ablate $(call options,$(INPUTS) $(TRAIN)) $(if $(filter-out 0,$(NO_EXTRACT)),--no-extract)
 
 evaluate: install ## scores of a saved run on a split: RUN TASK SPLIT STORE DEVICE BATCH
 	@$(BIN)/readcache evaluate $(call options,$(OFRUN) BATCH)
@@ -59,8 +70,11 @@ predict: install ## labels for new text: RUN TEXT TEXT_PAIR, or FILE=in.jsonl, o
 catalog: install ## caches and runs under STORE
 	@$(BIN)/readcache catalog $(call options,STORE)
 
-bench: $(VENV)/.stamp-bench ## the tables of the README: WHAT=extract, read, train, codec (all four where left out), glue or recipes, DATA REPEATS …
-	@$(BIN)/readcache bench $(WHAT) $(call options,$(INPUTS) $(TRAIN) ONLY SEEDS REPEATS)
+report: install ## one HTML page and one Markdown file of all runs under STORE
+	@$(BIN)/readcache report $(call options,STORE)
+
+bench: $(VENV)/.stamp-bench ## the tables of the README: WHAT=extract, read, train, heads, codec (all five where left out), glue or recipes, DATA REPEATS …
+	@$(BIN)/readcache bench $(WHAT) $(call options,$(INPUTS) $(TRAIN) ONLY REPEATS)
 
 test: $(VENV)/.stamp-dev ## all tests, offline, on the CPU: ARGS="-k store"
 	@$(BIN)/python -m pytest $(ARGS)

@@ -95,13 +95,14 @@ def epoch(line: dict[str, Any]) -> str:
 
 def names(configs: Sequence[Train]) -> list[str]:
     """What tells each from the others: the fields in which they differ, as one would write them."""
-    flat = [_flat(config.model_dump(mode="json")) for config in configs]
+    flat = [flat(config.model_dump(mode="json")) for config in configs]
     differ = [name for name in flat[0] if len({repr(each.get(name)) for each in flat}) > 1]
     return [" ".join(f"{name}={each[name]}" for name in differ) or "one" for each in flat]
 
 
-def _flat(said: dict[str, Any], before: str = "") -> dict[str, Any]:
+def flat(said: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """A configuration with its groups' names before a dot."""
     found: dict[str, Any] = {}
     for name, value in said.items():
-        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+        found |= flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
     return found

@@ -293,10 +293,15 @@ def build(model: type[C], file: Path | None, sets: list[str], options: Mapping[s
         if name not in known:
             raise Refused(f"unknown key {name!r}; known: {', '.join(sorted(known))}")
     mine = {name: value for name, value in said.items() if name in model.model_fields}
+    return explained(model, mine | {name: value for name, value in options.items() if value is not None})
+
+
+def explained(model: type[C], said: Mapping[str, Any], where: str = "") -> C:
+    """A configuration from plain values. Raises Refused in one line for an impossible one. where: what the line begins with."""
     try:
-        return model(**mine | {name: value for name, value in options.items() if value is not None})
+        return model(**said)
     except ValidationError as error:
-        raise Refused(_explain(error, model)) from None
+        raise Refused(where + _explain(error, model)) from None
 
 
 def _explain(error: ValidationError, model: type[_Frozen]) -> str:

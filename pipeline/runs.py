@@ -103,6 +103,14 @@ def open_run(path: Path) -> Run:
     return Run(path, told)
 
 
+def curve(run: Run) -> list[dict[str, Any]]:
+    """A line an epoch. Raises Damaged where it does not read."""
+    try:
+        return [json.loads(line) for line in (run.path / "curve.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise Damaged(f"run {run.path}: curve.jsonl does not read ({error}); train again") from None
+
+
 def load_head(run: Run) -> Head:
     """The trained head of a run. Raises Damaged where shape and weights do not fit to the last name."""
     try:

@@ -110,8 +110,11 @@ def train(asked: Sequence[Asked], show: Show, seconds: dict[str, float]) -> list
     for number, each in enumerate(asked):
         streams.setdefault(each.stream, []).append(number)
     for which in streams.values():
-        for number, document in zip(which, _pass([asked[n] for n in which], show, dict(seconds)), strict=True):
+        own = {"extract": seconds.get("extract", 0.0)}
+        for number, document in zip(which, _pass([asked[n] for n in which], show, own), strict=True):
             documents[number] = document
+        for phase in ("train", "baselines"):
+            seconds[phase] = seconds.get(phase, 0.0) + own[phase]
     return documents
 
 
@@ -136,7 +139,7 @@ def _pass(asked: list[Asked], show: Show, seconds: dict[str, float]) -> list[dic
     with clock(seconds, "train"), board:
         fitted = fitting.fit(learners, opened, loaded, first.seed, board.told, board.seen)
     return [
-        _saved(each, one, plain[_labels(each)], loaded, seconds, access.how, len(asked), board)
+        saved(each, one, plain[_labels(each)], loaded, seconds, access.how, len(asked))
         for each, one in zip(asked, fitted, strict=True)
     ]
 
@@ -158,11 +161,14 @@ def _introduce(asked: list[Asked], loaded: fitting.Loaders, heads: list[Any], sh
     )
 
 
-def _saved(
+def saved(
     each: Asked, fitted: fitting.Fitted, plain: dict[str, Any], loaded: fitting.Loaders, seconds: dict[str, float], how: str,
-    heads: int, board: Board,
+    heads: int, shared: list[str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Save a trained head as a run; its document."""
+    """Save a trained head as a run; its document.
+
+    seconds, heads: of the pass, and how many trained in it. shared: the tasks that its READ serves, where they are several.
+    """
     config, opened, shape = each.config, each.opened, each.shape
     task, recipe = opened.task, opened.recipe
     parameters = {"read": count(fitted.head.read), "head": count(fitted.head) - count(fitted.head.read)}
@@ -181,6 +187,7 @@ def _saved(
         "examples": {"train": len(loaded.fit), "choose": len(loaded.choose)} | {s: len(x) for s, x in loaded.scored.items()},
         "seconds": {phase: round(spent, 3) for phase, spent in seconds.items()},
         "heads": heads,
+        **({"shared": shared} if shared else {}),
         "unlabelled": opened.unlabelled,
         "unchecked": opened.unchecked,
         "access": how,

@@ -42,21 +42,24 @@ class TensorBoard(Tracker):
 
 
 class Trackio(Tracker):
-    """A project a task in trackio's own folder: `trackio show`."""
+    """A project a task in trackio's own folder: `trackio show`. It has one run at a time: each is handed over when all have ended."""
 
     def __init__(self, store: Path) -> None:
         self.trackio = importlib.import_module("trackio")
-        self.runs: dict[str, Any] = {}
+        self.runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
 
     def line(self, task: str, run: str, setting: str, line: dict[str, Any]) -> None:
         """An epoch of a head."""
-        if run not in self.runs:
-            self.runs[run] = self.trackio.init(project=f"readcache-{task}", name=run, config={"setting": setting}, embed=False)
-        self.runs[run].log(_numbers(line), step=line["epoch"])
+        self.runs.setdefault((task, run, setting), []).append(line)
 
     def close(self) -> None:
-        """Hand over what is left."""
-        for run in self.runs.values():
+        """Hand over all of them."""
+        for (task, name, setting), lines in self.runs.items():
+            run = self.trackio.init(
+                project=f"readcache-{task}", name=name, config={"setting": setting}, embed=False, auto_log_gpu=False, auto_log_cpu=False
+            )
+            for line in lines:
+                run.log(_numbers(line), step=line["epoch"])
             run.finish()
 
 

@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import together
-from pipeline.commands import shared
+from pipeline import shared, together
 from pipeline.config import Train
 from pipeline.show import Show, duration, size
 from store.errors import Refused
