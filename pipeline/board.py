@@ -1,4 +1,4 @@
-"""What is seen while heads train: progress, the leading heads, a JSON line an epoch under STORE, and a tracker where asked for."""
+"""What is seen while heads train: progress, the leading heads, a JSON line an epoch under STORE, a tracker where asked for."""
 
 import json
 import time
@@ -80,7 +80,14 @@ class Board:
         self.stale = False
         order = sorted(self.best, key=lambda number: -self.best[number])[:LEADERS]
         rows = [
-            [self.tasks[n].name, self.names[n], self.tasks[n].metrics[0], self.best[n], self.lines[n]["epoch"], self.lines[n]["loss"]]
+            [
+                self.tasks[n].name,
+                self.names[n],
+                self.tasks[n].metrics[0],
+                self.best[n],
+                self.lines[n]["epoch"],
+                self.lines[n]["loss"],
+            ]
             for n in order
         ]
         assert self.meter

@@ -148,8 +148,8 @@ class ReadingOptions(_Frozen):
 
 
 class Train(_Spread):
-    """Stage two: train a READ from the cache; extracts first only what is missing. Several tasks, or several seeds, train together:
-    those on the same inputs from one stream."""
+    """Stage two: train a READ from the cache; extracts first only what is missing. Of several tasks, or several seeds, those on
+    the same inputs train from one stream."""
 
     label: str | None = None
     """the column that holds the labels; where left out: the task's own"""
@@ -191,12 +191,12 @@ class Ablate(Train):
 
 
 class Sweep(Train):
-    """Train many heads that differ in what a grid says, WIDTH of them in one pass; what is trained already is not trained again."""
+    """Train many heads that differ in what a grid says, WIDTH of them in one pass; what is trained is not trained again."""
 
     grid: Place | None = None
     """.yaml file: option -> values, every combination of which is trained; or a list of such grids"""
     trials: Count | None = None
-    """with the `sweep` extra: let Optuna propose so many settings from the grid's values and ranges; where left out: all of the grid"""
+    """with the `sweep` extra: Optuna proposes so many settings from the grid's values and ranges; where left out: all of it"""
     width: Count = 32
     """heads that train in one pass"""
 
@@ -237,7 +237,8 @@ class Predict(_OfRun):
 class Bench(Train):
     """Measure what the README shows. `extract`: stage one beside the bare forward pass. `read`: the loader beside its peers.
     `codec`: bytes, and what a codec costs in quality. `train`: a step with loading beside one without, and memory. `heads`: many
-    heads in one pass beside one after another. `all`: these five. `glue` trains every GLUE task on one backbone, `recipes` compares variants of the defaults."""
+    heads in one pass beside one after another. `all`: these five. `glue` trains every GLUE task on one backbone, `recipes`
+    compares variants of the defaults."""
 
     what: str = "all"
     """which table"""
@@ -248,7 +249,7 @@ class Bench(Train):
     seeds: Count = 3
     """of `recipes` and `codec`: how many"""
     repeats: Count = 5
-    """of `extract`, `read`, `train` and `heads`: how often each is timed, in turn with what it is compared with; medians are told"""
+    """of `extract`, `read`, `train`, `heads`: how often each is timed, in turn with what it is compared with; medians are told"""
 
     def tasks(self, *default: str) -> list[str]:
         """The tasks that are asked for."""

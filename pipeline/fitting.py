@@ -49,7 +49,12 @@ def reading(config: Train, opened: Opened, streams: list[str], device: torch.dev
 
 
 def loaders(
-    config: Train, opened: Opened | Sequence[Opened], seed: int, streams: list[str], device: torch.device, access: Access | None = None
+    config: Train,
+    opened: Opened | Sequence[Opened],
+    seed: int,
+    streams: list[str],
+    device: torch.device,
+    access: Access | None = None,
 ) -> Loaders:
     """Split the train cache by the seed, and load what the heads read. Raises Refused where there is nothing to learn.
 
@@ -142,9 +147,7 @@ def fit(
     taught = [number for number, each in enumerate(learners) if count(each.head)]
     outcomes = [Trained(0, {}, []) for _ in learners]
     if taught:
-        some = train(
-            [learners[n] for n in taught], loaded.fit, loaded.choose, seed, lambda m, line: told(taught[m], line), seen
-        )
+        some = train([learners[n] for n in taught], loaded.fit, loaded.choose, seed, lambda m, line: told(taught[m], line), seen)
         for number, outcome in zip(taught, some, strict=True):
             outcomes[number] = outcome
             learners[number].head.load_state_dict(outcome.weights or learners[number].head.state_dict())

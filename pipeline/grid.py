@@ -91,14 +91,15 @@ def _flat(said: Mapping[Any, Any], known: set[str]) -> dict[str, Any]:
 
 
 def _range(path: Path, name: str, said: dict[str, Any]) -> Range:
-    low, high, step = said.get("low"), said.get("high"), said.get("step")
-    right = set(said) <= {"low", "high", "log", "step"} and all(type(x) in (int, float) for x in (low, high))
-    right = right and isinstance(said.get("log", False), bool) and (step is None or (type(step) in (int, float) and step > 0))
-    if not right or not low < high or (said.get("log") and (low <= 0 or step)):
+    low, high, log, step = (said.get(field, other) for field, other in (("low", ""), ("high", ""), ("log", False), ("step", 1)))
+    right = set(said) <= {"low", "high", "log", "step"} and isinstance(log, bool)
+    right = right and all(type(number) in (int, float) for number in (low, high, step)) and low < high and step > 0
+    if not right or (log and (low <= 0 or "step" in said)):
         raise Refused(
-            f"GRID={path}: {name} is {said}; a range is {{low: 0.001, high: 0.1}}, with `log: true` (low above 0, no step) or `step: …`"
+            f"GRID={path}: {name} is {said}; a range is {{low: 0.001, high: 0.1}}, with `log: true` (low above 0, no step) or "
+            f"`step: …`"
         )
-    return Range(low, high, said.get("log", False), step)
+    return Range(low, high, log, said.get("step"))
 
 
 def settings(grids: list[Grid]) -> list[dict[str, Any]]:
@@ -107,7 +108,9 @@ def settings(grids: list[Grid]) -> list[dict[str, Any]]:
     for grid in grids:
         for name, values in grid.items():
             if isinstance(values, Range):
-                raise Refused(f"{name} is a range from {values.low:g} to {values.high:g}: list values, or say TRIALS=… to have some proposed")
+                raise Refused(
+                    f"{name} is a range from {values.low:g} to {values.high:g}: list values, or say TRIALS to have some proposed"
+                )
         for combination in itertools.product(*grid.values()):
             setting = dict(zip(grid, combination, strict=True))
             if setting not in found:

@@ -14,7 +14,9 @@ from store.errors import Refused
 def check(grids: Sequence[Grid]) -> None:
     """Refuse what Optuna cannot be asked for."""
     if importlib.util.find_spec("optuna") is None:
-        raise Refused("TRIALS needs Optuna: pip install 'readcache[sweep]', or leave TRIALS out and every setting of the grid is trained")
+        raise Refused(
+            "TRIALS needs Optuna: pip install 'readcache[sweep]', or leave TRIALS out and every setting of the grid is trained"
+        )
     if len(grids) != 1:
         raise Refused(f"TRIALS proposes from one grid, and GRID holds a list of {len(grids)}; give one")
     for name, values in grids[0].items():

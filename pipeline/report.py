@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import runs
 from pipeline.board import flat
-from pipeline.show import duration, size
+from pipeline.show import size
 from store.errors import Damaged
 
 COSTS = {"trainable_parameters": "trainable parameters", "seconds": "seconds", "cache_bytes": "cache bytes"}
@@ -18,6 +18,21 @@ COSTS = {"trainable_parameters": "trainable parameters", "seconds": "seconds", "
 
 LISTED = 100
 """runs a task in the Markdown file"""
+
+OF_PLACE = {
+    "store",
+    "device",
+    "dask",
+    "task",
+    "data",
+    "backbone",
+    "track",
+    "seeds",
+    "no_extract",
+    "cache",
+    "schedule.stream_seed",
+}
+"""options that make no other run"""
 
 TOLD = ("cell", "hidden", "pool", "head", "lr", "batch", "epochs", "seed", "tokens", "codec", "layers")
 """options that every row shows; others where runs differ in them"""
@@ -58,14 +73,27 @@ def _row(found: runs.Run) -> dict[str, Any]:
         "choose": told.get("choose", {}).get(metric, 0.0), "majority": told["majority"][split][metric],
         "linear_probe": told["linear_probe"][split][metric], "best_epoch": told["best_epoch"],
         "trainable_parameters": told["trainable_parameters"], "seconds": told["seconds"]["train"] / heads, "heads": heads,
-        "cache_bytes": told["cache_bytes"], "config": config, "layers": told.get("layers"), "backbone": Path(told["backbone"]).name,
+        "cache_bytes": told["cache_bytes"], "config": config, "layers": told.get("layers"),
+        "backbone": Path(told["backbone"]).name,
         "curve": [[line["epoch"], line["loss"], line["choose"][metric]] for line in runs.curve(found)],
     }  # fmt: skip
 
 
 def _options(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What tells the runs of a task apart, and what every reader looks for."""
-    skip = {"store", "device", "dask", "task", "data", "backbone", "track", "seeds", "no_extract", "cache", "schedule.stream_seed"}
+    skip = {
+        "store",
+        "device",
+        "dask",
+        "task",
+        "data",
+        "backbone",
+        "track",
+        "seeds",
+        "no_extract",
+        "cache",
+        "schedule.stream_seed",
+    }
     names = [name for name in rows[0]["config"] if name not in skip]
     differ = [name for name in names if len({json.dumps(row["config"].get(name)) for row in rows}) > 1]
     return [name for name in names if name in TOLD or name in differ]
@@ -95,28 +123,39 @@ def html(data: dict[str, Any]) -> str:
 
 def markdown(data: dict[str, Any]) -> str:
     """The same tables without the pictures."""
-    lines = [f"# Runs under {data['store']}", "", f"{data['made']}. The best run of a task is the best on the part that chose its epoch.", ""]
+    lines = [
+        f"# Runs under {data['store']}",
+        "",
+        f"{data['made']}. The best run of a task is the best on the part that chose its epoch.",
+        "",
+    ]
     best = [(name, task["runs"][0]) for name, task in data["tasks"].items()]
     lines += _table(
         ["task", "metric", "majority", "linear probe", "READ", "best run", "parameters", "seconds", "cache"],
         (
-            [name, f"{row['metric']}, {row['split']}", *(f"{row[what]:.4f}" for what in ("majority", "linear_probe", "score")), row["run"],
-             f"{row['trainable_parameters']:,}", duration(row["seconds"]), size(row["cache_bytes"])]
+            [name, f"{row['metric']}, {row['split']}", *(f"{row[what]:.4f}" for what in ("majority", "linear_probe", "score")),
+             row["run"], f"{row['trainable_parameters']:,}", f"{row['seconds']:.1f}", size(row["cache_bytes"])]
             for name, row in best
         ),
     )  # fmt: skip
     for name, task in data["tasks"].items():
         scores = [row["score"] for row in task["runs"]]
         spread = f", {statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
-        lines += ["", f"## {name}", "", f"{len(scores)} run{'s' if len(scores) > 1 else ''}{spread} ({task['metric']}, {task['split']})", ""]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{len(scores)} run{'s' if len(scores) > 1 else ''}{spread} ({task['metric']}, {task['split']})",
+            "",
+        ]
         if layers := task["runs"][0]["layers"]:
             heard = ", ".join(f"{block} {value:.3f}" for block, value in layers.items())
             lines += [f"Its best READ's contribution of each layer, ÷ the norm of the final state: {heard}", ""]
         lines += _table(
             ["run", "choosing part", task["split"], "parameters", "seconds", "cache", "Pareto", *task["options"]],
             (
-                [row["run"], f"{row['choose']:.4f}", f"{row['score']:.4f}", f"{row['trainable_parameters']:,}", f"{row['seconds']:.1f}",
-                 size(row["cache_bytes"]), ", ".join(COSTS[cost] for cost in row["fronts"]),
+                [row["run"], f"{row['choose']:.4f}", f"{row['score']:.4f}", f"{row['trainable_parameters']:,}",
+                 f"{row['seconds']:.1f}", size(row["cache_bytes"]), ", ".join(COSTS[cost] for cost in row["fronts"]),
                  *(str(row["config"].get(option)) for option in task["options"])]
                 for row in task["runs"][:LISTED]
             ),

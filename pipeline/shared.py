@@ -27,8 +27,8 @@ def train(asked: Sequence[Asked], show: Show, seconds: dict[str, float]) -> list
         ):  # fmt: skip
             if mine != theirs:
                 raise Refused(
-                    f"read.shared=true: {each.opened.task.name} has {what} {mine}, {first.opened.task.name} has {theirs}; one READ "
-                    f"reads the states of one backbone: give all tasks the same BACKBONE, TOKENS and LAYERS"
+                    f"read.shared=true: {each.opened.task.name} has {what} {mine}, {first.opened.task.name} has {theirs}; one "
+                    f"READ reads the states of one backbone: give all tasks the same BACKBONE, TOKENS and LAYERS"
                 )
     documents: dict[int, dict[str, Any]] = {}
     for seed in dict.fromkeys(each.config.seed for each in asked):
@@ -41,7 +41,14 @@ def _seed(asked: list[Asked], show: Show, seconds: dict[str, float]) -> list[dic
     first, device, own = asked[0], pick(asked[0].config.device), {"extract": seconds.get("extract", 0.0)}
     streams = list(first.shape.states)
     loaded = [
-        fitting.loaders(each.config, each.opened, each.seed, streams, device, fitting.reading(each.config, each.opened, streams, device).access)
+        fitting.loaders(
+            each.config,
+            each.opened,
+            each.seed,
+            streams,
+            device,
+            fitting.reading(each.config, each.opened, streams, device).access,
+        )
         for each in asked
     ]
     with clock(own, "train"):

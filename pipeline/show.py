@@ -70,7 +70,7 @@ class Meter:
         self.task = bar.add_task(what, total=total, unit=unit, rate="") if bar else None
 
     def beside(self, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-        """A small table that goes with the progress: below the bar, in place of the one before; without a terminal it is printed."""
+        """A small table with the progress: below the bar, in place of the one before; without a terminal it is printed."""
         if self.bar is None:
             self.show.table(columns, rows)
             return

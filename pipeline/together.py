@@ -151,7 +151,8 @@ def _labels(each: Asked) -> str:
 def _introduce(asked: list[Asked], loaded: fitting.Loaders, heads: list[Any], show: Show) -> None:
     first, said = asked[0], asked[0].config
     names = ", ".join(dict.fromkeys(each.opened.task.name for each in asked))
-    what = f"READ({first.shape.width}, {said.hidden}, {said.cell}) {count(heads[0].read):,} parameters, head {count(heads[0]) - count(heads[0].read):,}"
+    read = count(heads[0].read)
+    what = f"READ({first.shape.width}, {said.hidden}, {said.cell}) {read:,} parameters, head {count(heads[0]) - read:,}"
     if len(asked) > 1:
         shapes = len({repr(each.shape) for each in asked})
         what = f"{len(asked)} heads in one pass, {shapes} shape{'s' if shapes > 1 else ''}, {sum(map(count, heads)):,} parameters"

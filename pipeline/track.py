@@ -42,7 +42,7 @@ class TensorBoard(Tracker):
 
 
 class Trackio(Tracker):
-    """A project a task in trackio's own folder: `trackio show`. It has one run at a time: each is handed over when all have ended."""
+    """A project a task in trackio's own folder: `trackio show`. It has one run at a time: they are handed over at the end."""
 
     def __init__(self, store: Path) -> None:
         self.trackio = importlib.import_module("trackio")
@@ -56,7 +56,12 @@ class Trackio(Tracker):
         """Hand over all of them."""
         for (task, name, setting), lines in self.runs.items():
             run = self.trackio.init(
-                project=f"readcache-{task}", name=name, config={"setting": setting}, embed=False, auto_log_gpu=False, auto_log_cpu=False
+                project=f"readcache-{task}",
+                name=name,
+                config={"setting": setting},
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
             )
             for line in lines:
                 run.log(_numbers(line), step=line["epoch"])
@@ -77,4 +82,3 @@ def check(name: str) -> None:
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
     chosen = {f"choosing part/{name}": value for name, value in line["choose"].items()}
     return {"loss": line["loss"], "lr": line["lr"], "seconds": line["seconds"], **chosen}
-

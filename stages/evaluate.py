@@ -65,7 +65,7 @@ def _hear(speakers: Sequence[Callable[[Batch], Tensor]], loader: Loader) -> list
 
 
 def score(task: Task, said: Said, labels: np.ndarray | None = None) -> dict[str, float]:
-    """The task's metrics. labels: (N,) of all examples of the cache where they are others than the loader's; what has none is left out."""
+    """The task's metrics on what has a label. labels: (N,) of all examples, where they are not the loader's."""
     truth = said.labels if labels is None else labels[said.place]
     known = labelled(truth)
     return scores(task.metrics, said.predicted[known], truth[known])

@@ -42,9 +42,9 @@ class AdamW:
         shrink = ((norms + 1e-6) / self._most).clamp_min_(1).unbind()  # as torch's clip_grad_norm_
         for head, (rate, pieces) in enumerate(zip(rates, self._pieces, strict=True)):
             for part, decay in enumerate((self.decays[head], 0.0)):
-                values = [piece[part] for piece in pieces]
-                if len(values[0][0]):
+                values, grads, means, squares = (piece[part] for piece in pieces)
+                if len(values[0]):
                     adamw(
-                        *values, [], [self.steps[2 * head + part]], fused=True, grad_scale=shrink[head], amsgrad=False,
-                        beta1=BETAS[0], beta2=BETAS[1], lr=rate, weight_decay=decay, eps=EPSILON, maximize=False,
+                        values, grads, means, squares, [], [self.steps[2 * head + part]], fused=True, grad_scale=shrink[head],
+                        amsgrad=False, beta1=BETAS[0], beta2=BETAS[1], lr=rate, weight_decay=decay, eps=EPSILON, maximize=False,
                     )  # fmt: skip

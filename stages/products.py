@@ -140,7 +140,7 @@ def attend(
 ) -> Tensor:
     """Correct rows, and pool them by attention.
 
-    a: (M, r, H). weight: (M, D, H), bias: (M, D). final: (M, r, D) or (1, r, D) and gain: (M, D) or (1, D), which need no gradient.
-    query: (M, D). example: (r,) to which of `count` examples a row belongs -> (M, B, D).
+    a: (M, r, H). weight: (M, D, H), bias: (M, D). final: (M, r, D) or (1, r, D) and gain: (M, D) or (1, D), which need no
+    gradient. query: (M, D). example: (r,) to which of `count` examples a row belongs -> (M, B, D).
     """
     return cast(Tensor, _Attend.apply(a, weight, bias, final, gain, query, example, count))

@@ -32,10 +32,14 @@ class Stack:
         own = [item for item in own if item[1].ndim > 1] + [item for item in own if item[1].ndim < 2]
         self.places = {name: (value.numel(), value.shape) for name, value in own}
         self.matrices = sum(value.numel() for _, value in own if value.ndim > 1)
-        self.buffers = {name: torch.stack([dict(h.named_buffers())[name] for h in heads]) for name, _ in self.like.named_buffers()}
+        buffers = [dict(head.named_buffers()) for head in heads]
+        self.buffers = {name: torch.stack([each[name] for each in buffers]) for name in buffers[0]}
         self.masks = Masks([_dropout(head) for head in heads], seeds, self.like.centre.device)
-        rows = [torch.cat([dict(head.named_parameters())[n].detach().flatten() for n, _ in own]) for head in heads] if own else []
-        self._lay(torch.stack(rows) if rows else self.like.centre.new_empty(len(heads), 0))
+        parameters = [dict(head.named_parameters()) for head in heads]
+        nothing = [self.like.centre.new_empty(0)]
+        self._lay(
+            torch.stack([torch.cat(nothing + [each[name].detach().flatten() for name in self.places]) for each in parameters])
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -158,7 +162,8 @@ class Stack:
         columns = [block - (0 if depths.embedding is None else depths.embedding + 1) for block in depths.blocks]
         from_rows = batch.attention.new_zeros(len(columns), count, len(batch.rows))  # A (L, B, r), zero where it is another's
         from_rows[:, batch.example, torch.arange(len(batch.rows), device=heard.device)] = batch.attention[:, columns].T
-        return torch.matmul(from_rows.flatten(0, 1), heard).unflatten(1, (len(columns), count))
+        psi = torch.matmul(from_rows.flatten(0, 1), heard)
+        return psi.view(len(self), len(columns), count, -1)
 
     def _run(self, name: str, read: Recurrence, rows: Tensor, beside: Tensor | None, joined: Joined | None = None) -> Tensor:
         """The states of a recurrence: (M, L, n, H), in both directions (M, L, n, 2H). rows: (n, S, D)."""
@@ -171,10 +176,9 @@ class Stack:
             return F.rms_norm(states, states.shape[-1:], None, read.norm.eps).flatten(0, 1)
 
         def projected(weight: str, bias: str | None) -> Tensor:
-            out = project(
-                x, norm, read.scale_in, value[f"{name}.cell.{weight}"], None if bias is None else value[f"{name}.cell.{bias}"], psi
-            )
-            return out.unflatten(1, (blocks, count))  # (M, L, n, G)
+            offset = None if bias is None else value[f"{name}.cell.{bias}"]
+            out = project(x, norm, read.scale_in, value[f"{name}.cell.{weight}"], offset, psi)
+            return out.view(len(self), blocks, count, -1)  # (M, L, n, G)
 
         x = normed(rows[:, depths.blocks].transpose(0, 1))  # (L · n, D), the same for all heads
         psi = None if beside is None else beside.flatten(1, 2)
@@ -216,7 +220,7 @@ class Stack:
         return torch.cat([forth[:, -1], *(state[:, 0] for state in back)], 2)
 
     def _pool(self, values: Tensor, batch: Batch) -> Tensor:
-        """The mean over an example's rows, or by attention to them: (M, r, X) -> (M, B, X). `first` and `last` are picked before."""
+        """The mean over an example's rows, or by attention: (M, r, X) -> (M, B, X). `first` and `last` are picked before."""
         rows, count = len(batch.rows), len(batch.start)
         here = torch.arange(rows, device=values.device)
         if self.like.pool.query is None:

@@ -176,7 +176,8 @@ def _distinct(labels: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[int]
     arrays: list[np.ndarray] = []
     columns = []
     for mine in labels:
-        same = (n for n, other in enumerate(arrays) if other is mine or np.array_equal(other, mine, equal_nan=mine.dtype.kind == "f"))
+        real = mine.dtype.kind == "f"
+        same = (n for n, other in enumerate(arrays) if other is mine or np.array_equal(other, mine, equal_nan=real))
         columns.append(next(same, len(arrays)))
         if columns[-1] == len(arrays):
             arrays.append(mine)

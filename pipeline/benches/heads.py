@@ -62,8 +62,10 @@ def heads(config: Bench, show: Show) -> dict[str, Any]:
              "heads": case.heads, "separate": case.separate, "steps": STEPS, "seconds": median(seconds["together"]),
              "seconds_separate": median(seconds["separately"]), "rounds": seconds}
         )  # fmt: skip
-        show.line(f"{case.heads} heads ({own.cell} {case.hidden}, TOKENS={case.tokens}): {rows[-1]['seconds']:.2f} s in one pass, "
-                  f"{rows[-1]['seconds_separate']:.2f} s for {case.separate} one after another")  # fmt: skip
+        show.line(
+            f"{case.heads} heads ({own.cell} {case.hidden}, TOKENS={case.tokens}): {rows[-1]['seconds']:.2f} s in one pass, "
+            f"{rows[-1]['seconds_separate']:.2f} s for {case.separate} one after another"
+        )
         if case.separate == 1:
             kept = [_kept(learners[:count], fit) for count in (1, case.heads)]
             ratios[f"activations{case.heads}_over_one"] = kept[1] / kept[0]
@@ -77,7 +79,9 @@ def _learners(config: Train, count: int, show: Show) -> tuple[Loader, Loader, li
     shape = shape_of(config, opened.task, opened.recipe, opened.caches[opened.task.train].width)
     loaded = fitting.loaders(config, opened, config.seed, list(shape.states), pick(config.device))
     some = loaded.fit.examples[: STEPS * config.batch]
-    fit = Loader(loaded.fit.cache, some, loaded.fit.labels, config.batch, loaded.fit.device, loaded.fit.streams, loaded.fit.access)
+    fit = Loader(
+        loaded.fit.cache, some, loaded.fit.labels, config.batch, loaded.fit.device, loaded.fit.streams, loaded.fit.access
+    )
     learners = []
     for seed in range(count):
         own = config.model_copy(update={"lr": config.lr * (0.5 + seed / count)})

@@ -108,12 +108,17 @@ def _rows(asked: list[_Asked], seeds: range, device: torch.device, show: Show) -
     scores: list[list[float]] = [[] for _ in asked]
     parameters = [0] * len(asked)
     words = [label_words(each.config, each.opened, each.shape) for each in asked]
-    passes = {(id(each.opened), *each.shape.states) for each in asked}
+    passes: list[list[int]] = []
+    for n, each in enumerate(asked):
+        same = [p for p in passes if asked[p[0]].opened is each.opened and asked[p[0]].shape.states == each.shape.states]
+        if same:
+            same[0].append(n)
+        else:
+            passes.append([n])
     for seed in seeds:
-        for opened, *streams in sorted(passes, key=str):
-            which = [n for n, each in enumerate(asked) if (id(each.opened), *each.shape.states) == (opened, *streams)]
+        for which in passes:
             first = asked[which[0]]
-            loaded = fitting.loaders(first.config, first.opened, seed, streams, device)
+            loaded = fitting.loaders(first.config, first.opened, seed, list(first.shape.states), device)
             learners = [
                 fitting.learner(asked[n].config, asked[n].opened, asked[n].shape, words[n], loaded.fit, seed) for n in which
             ]

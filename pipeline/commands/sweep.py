@@ -55,7 +55,9 @@ def _known(config: Sweep) -> dict[str, dict[str, Any]]:
 
 def _name(config: Sweep, grids: list[grid.Grid]) -> str:
     """Of a study: another for another grid or other settings, but not for more trials."""
-    own = config.model_dump(mode="json", exclude={"store", "device", "dask", "no_extract", "trials", "width", "track", "grid", "reading"})
+    own = config.model_dump(
+        mode="json", exclude={"store", "device", "dask", "no_extract", "trials", "width", "track", "grid", "reading"}
+    )
     return f"{config.task.replace('/', '-').replace(',', '-')}-{fingerprint({'sweep': repr(own), 'grid': repr(grids)})[:12]}"
 
 
@@ -93,7 +95,8 @@ def _row(setting: dict[str, Any], documents: list[dict[str, Any]]) -> dict[str, 
     for split, values in documents[0]["metrics"].items():
         for metric in values:
             scores = [document["metrics"][split][metric] for document in documents]
-            row["metrics"].setdefault(split, {})[metric] = {"mean": float(np.mean(scores)), "standard_deviation": _deviation(scores)}
+            told = {"mean": float(np.mean(scores)), "standard_deviation": _deviation(scores)}
+            row["metrics"].setdefault(split, {})[metric] = told
     return row | {"linear_probe": documents[0]["linear_probe"], "runs": [document["run"] for document in documents]}
 
 
@@ -109,14 +112,13 @@ def _told(config: Sweep, rows: list[dict[str, Any]], show: Show, seconds: dict[s
         raise Refused("no setting found a number for its loss; lower the learning rates of the grid")
     split, values = next(iter(best["metrics"].items()))
     metric = next(iter(values))
-    several = config.seeds > 1
-    columns = ["setting", "parameters", f"{metric}, choosing part", *(["±"] if several else []), f"{metric}, {split}", *(["±"] if several else [])]
+    spread = ["±"] if config.seeds > 1 else []
     body = []
     for row in rows[:SHOWN]:
         scored = row["metrics"].get(split, {}).get(metric, {"mean": None, "standard_deviation": None})
-        chose = [row["choose"], row.get("choose_deviation")][: 1 + several]
-        body.append([grid.told(row["setting"]), row["trainable_parameters"], *chose, *[scored["mean"], scored["standard_deviation"]][: 1 + several]])
-    show.table(columns, body)
+        told = [row["choose"], row.get("choose_deviation"), scored["mean"], scored["standard_deviation"]]
+        body.append([grid.told(row["setting"]), row["trainable_parameters"], *(told if spread else told[::2])])
+    show.table(["setting", "parameters", f"{metric}, choosing part", *spread, f"{metric}, {split}", *spread], body)
     if len(rows) > SHOWN:
         show.line(f"and {len(rows) - SHOWN:,} more")
     diverged = sum(row["choose"] is None for row in rows)
@@ -125,8 +127,7 @@ def _told(config: Sweep, rows: list[dict[str, Any]], show: Show, seconds: dict[s
     probe, score = best["linear_probe"][split][metric], best["metrics"][split][metric]["mean"]
     spent = ", ".join(f"{phase} {duration(value)}" for phase, value in seconds.items())
     show.line(
-        f"best by the choosing part: {grid.told(best['setting'])}; {metric} on {split} {score:.4f}, linear probe {probe:.4f}. The best "
-        f"of {len(rows)} on the part that chose it is flattered there; {split} chose nothing"
+        f"best by the choosing part: {grid.told(best['setting'])}: {metric} on {split} {score:.4f}, linear probe {probe:.4f}"
     )
-    show.line(f"{spent}; run{'s' if several else ''} {', '.join(best['runs'])}; `make report` shows them all")
+    show.line(f"{spent}; run{'s' if spread else ''} {', '.join(best['runs'])}; `make report` shows them all")
     return {"task": best["task"], "metric": metric, "split": split, "seeds": config.seeds, "seconds": seconds, "rows": rows}
