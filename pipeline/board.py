@@ -102,9 +102,9 @@ def epoch(line: dict[str, Any]) -> str:
 
 def names(configs: Sequence[Train]) -> list[str]:
     """What tells each from the others: the fields in which they differ, as one would write them."""
-    flat = [flat(config.model_dump(mode="json")) for config in configs]
-    differ = [name for name in flat[0] if len({repr(each.get(name)) for each in flat}) > 1]
-    return [" ".join(f"{name}={each[name]}" for name in differ) or "one" for each in flat]
+    every = [flat(config.model_dump(mode="json")) for config in configs]
+    differ = [name for name in every[0] if len({repr(each.get(name)) for each in every}) > 1]
+    return [" ".join(f"{name}={each[name]}" for name in differ) or "one" for each in every]
 
 
 def flat(said: dict[str, Any], before: str = "") -> dict[str, Any]:

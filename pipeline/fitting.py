@@ -142,7 +142,8 @@ def fit(
     """Train heads from one stream, keep of each its best epoch, score it. One without parameters (label words on the final state)
     is scored as it is, and one that found no number for its loss is not scored.
 
-    opened: of each its task and labels, on the same caches. seed: of the order of batches.
+    opened: of each its task and its labels by split, on the same caches; a split that is none of theirs is scored by its loader's
+    labels. seed: of the order of batches.
     """
     taught = [number for number, each in enumerate(learners) if count(each.head)]
     outcomes = [Trained(0, {}, []) for _ in learners]
@@ -157,5 +158,5 @@ def fit(
     for split, loader in loaded.scored.items():
         for (which, _), words in zip(made, say_all([stack for _, stack in made], loader), strict=True):
             for number, said in zip((learned[m] for m in which), words, strict=True):
-                metrics[number][split] = score(opened[number].task, said, opened[number].labels[split])
+                metrics[number][split] = score(opened[number].task, said, opened[number].labels.get(split))
     return [Fitted(*item) for item in zip((each.head for each in learners), outcomes, metrics, strict=True)]

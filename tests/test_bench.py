@@ -36,7 +36,7 @@ def test_variants_are_compared_on_training_data_alone(capfd, said, tmp_path):  #
 
 
 @pytest.mark.parametrize(
-    ("words", "error"), [(["recipe"], "unknown bench 'recipe'; known: all, extract, read, train, codec, glue")]
+    ("words", "error"), [(["recipe"], "unknown bench 'recipe'; known: all, extract, read, train, heads, codec, glue")]
 )
 def test_what_is_not_there_is_answered_with_what_is(capfd, said, words, error):  # noqa: F811
     assert error in call(capfd, "bench", *words, **said, status=2)["error"]
@@ -84,7 +84,7 @@ def test_what_a_codec_costs(capfd, said):  # noqa: F811
 
 
 def test_every_target_is_measured_by_the_name_it_has(capfd, said):  # noqa: F811
-    """`bench` alone is all four, in one document."""
+    """`bench` alone is all five, in one document."""
     document = call(capfd, "bench", **said, **FAST | {"epochs": 1}, seeds=1, repeats=1, limit=15)
     optional = {"loader_over_tensorstore"} if importlib.util.find_spec("tensorstore") is None else set()
     assert set(TARGETS) - optional <= document["ratios"].keys()
@@ -97,6 +97,7 @@ def test_every_target_is_measured_by_the_name_it_has(capfd, said):  # noqa: F811
         ("random", False),
         ("windows", False),
     ]
+    assert [(row["heads"], row["separate"]) for row in document["rows"] if row["bench"] == "heads"] == [(8, 8), (32, 1), (8, 8)]
     memory = [(row["access"], row["examples"]) for row in rows["memory"]]
     assert memory == [(how, count) for how in ("random", "windows") for count in (15, 120)]
     assert all(row["anonymous_bytes"] > 50e6 for row in rows["memory"])

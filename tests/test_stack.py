@@ -121,7 +121,9 @@ def same_as_alone(shape, standardised=False, **kind):
         torch.testing.assert_close(losses[number], loss, **CLOSE)
         for name, value in head.named_parameters():
             expected = torch.zeros_like(value) if value.grad is None else value.grad
-            torch.testing.assert_close(stack.values[name].grad[number], expected, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                stack.values[name].grad[number], expected, **CLOSE, msg=lambda text, name=name: f"{name}: {text}"
+            )
     with torch.inference_mode():
         logits = stack.logits(data)
         for number, head in enumerate(twins):

@@ -1,5 +1,7 @@
 """Training: repeatable, honest about what chooses, and scored under GLUE's names."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,11 @@ import store
 from stages import baselines, tasks
 from stages.depths import Depths
 from stages.evaluate import say, score
-from stages.heads import Head, classifier
 from stages.loader import Loader
 from stages.metrics import paired, scores
-from stages.read import READ
-from stages.train import Schedule, hold_out, train
+from stages.shape import Shape, build
+from stages.stack import Stack
+from stages.train import Learner, Schedule, hold_out, train
 from store import Refused
 
 CPU = torch.device("cpu")
@@ -30,17 +32,26 @@ def learnable(tmp_path_factory):
     return store.open(toy.path(root)), (toy.rows[:, 1, 0] > 0).astype(np.int64)
 
 
-def run(learnable, schedule, seed=0, told=lambda line: None):
+SHAPE = Shape(3, {"encoder": ["block.1", "block.2"]}, 2, "first", 8)
+
+
+def learner(learnable, schedule, shape=SHAPE, labels=None):
+    cache, own = learnable
+    torch.manual_seed(schedule.seed)
+    shape = replace(shape, states={"encoder": cache.states["encoder"]})
+    return Learner(build(shape), shape, TASK, own if labels is None else labels, schedule)
+
+
+def run(learnable, *learners, seed=0, told=lambda number, line: None):
+    """Train them from one stream; its choosing part, and the outcomes."""
     cache, labels = learnable
-    torch.manual_seed(seed)
-    head = Head(READ(3, 8), "first", 3, classifier(3, 2, 0.1), 2, Depths.of(cache.states["encoder"]))
-    fit, choose = hold_out(labels, 0.1, seed)
-    loaders = [Loader(cache, part, labels, 16, CPU) for part in (fit, choose)]
-    return head, loaders, train(head, TASK, *loaders, schedule, told)
+    fit, choose = (Loader(cache, part, labels, 16, CPU) for part in hold_out(labels, 0.1, seed))
+    return choose, train(learners, fit, choose, seed, told)
 
 
 def test_it_learns_and_repeats_to_the_bit(learnable):
-    first, again, other = (run(learnable, Schedule(epochs=6, lr=0.02, seed=seed), seed)[2] for seed in (0, 0, 1))
+    schedules = [Schedule(epochs=6, lr=0.02, seed=seed) for seed in (0, 0, 1)]
+    first, again, other = (run(learnable, learner(learnable, s), seed=s.seed)[1][0] for s in schedules)
     assert max(line["choose"]["accuracy"] for line in first.curve) > 0.9
     assert all(torch.equal(first.weights[name], again.weights[name]) for name in first.weights)
     assert not all(torch.equal(first.weights[name], other.weights[name]) for name in first.weights)
@@ -48,17 +59,71 @@ def test_it_learns_and_repeats_to_the_bit(learnable):
 
 
 def test_the_best_epoch_is_kept_and_training_stops_without_progress(learnable):
-    head, (_, choose), outcome = run(learnable, Schedule(epochs=40, lr=0.02, patience=2))
+    mine = learner(learnable, Schedule(epochs=40, lr=0.02, patience=2))
+    choose, (outcome,) = run(learnable, mine)
     chosen = [line["choose"]["accuracy"] for line in outcome.curve]
     assert outcome.epoch == 1 + chosen.index(max(chosen))
     assert len(chosen) == outcome.epoch + 2 < 40
-    head.load_state_dict(outcome.weights)
-    assert score(TASK, say(head, choose))["accuracy"] == max(chosen)
+    mine.head.load_state_dict(outcome.weights)
+    assert score(TASK, say(mine.head, choose))["accuracy"] == max(chosen)
 
 
-def test_a_loss_that_explodes_says_so(learnable):
+MANY = [
+    (Schedule(epochs=8, lr=0.02, seed=0, patience=2), {}),
+    (Schedule(epochs=8, lr=0.0005, seed=1, patience=1, weight_decay=0.3), {"dropout": 0.4}),
+    (Schedule(epochs=2, lr=0.02, seed=2, warmup=0.3), {}),
+    (Schedule(epochs=8, lr=0.01, seed=3, patience=8, clip=0.1), {"cell": "lstm", "hidden": 4}),
+    (Schedule(epochs=8, lr=0.03, seed=4, patience=3), {"aggregate": "last", "cell": "mingru"}),
+    (Schedule(epochs=5, lr=0.02, seed=5, patience=8), {"dropout": 0.0}),
+]
+
+
+def test_many_heads_from_one_stream_end_as_each_would_alone(learnable):
+    """Though they differ in shape, schedule, dropout and the epoch at which they stop."""
+    _, together = run(learnable, *(learner(learnable, schedule, replace(SHAPE, **more)) for schedule, more in MANY))
+    lengths = [len(outcome.curve) for outcome in together]
+    assert len(set(lengths)) > 2 and lengths[2] == 2  # they do stop apart
+    for outcome, (schedule, more) in zip(together, MANY, strict=True):
+        _, (alone,) = run(learnable, learner(learnable, schedule, replace(SHAPE, **more)))
+        assert outcome.epoch == alone.epoch and len(outcome.curve) == len(alone.curve)
+        for name, value in alone.weights.items():
+            torch.testing.assert_close(outcome.weights[name], value, rtol=1e-5, atol=1e-5)
+        for mine, theirs in zip(outcome.curve, alone.curve, strict=True):
+            assert mine["choose"] == theirs["choose"] and mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_a_stopped_head_is_computed_no_more(learnable, monkeypatch):
+    sizes, losses = [], Stack.losses
+    monkeypatch.setattr(Stack, "losses", lambda stack, *rest: sizes.append(len(stack)) or losses(stack, *rest))
+    schedules = [Schedule(epochs=epochs, lr=0.001, patience=9) for epochs in (1, 3, 2)]
+    run(learnable, *(learner(learnable, schedule) for schedule in schedules))
+    steps = -(-180 // 16)
+    assert sizes == [3] * steps + [2] * steps + [1] * steps
+
+
+def test_heads_may_learn_other_labels_of_the_same_inputs(learnable):
+    labels = learnable[1]
+    other = np.where(np.arange(N) % 5 == 0, -1, 1 - labels)
+    schedule = Schedule(epochs=6, lr=0.02)
+    choose, (first, second) = run(learnable, learner(learnable, schedule), learner(learnable, schedule, labels=other))
+    assert min(first.curve[-1]["choose"]["accuracy"], second.curve[-1]["choose"]["accuracy"]) > 0.8
+    mine = learner(learnable, schedule)
+    mine.head.load_state_dict(second.weights)
+    said = say(mine.head, choose)
+    known = other[said.place] >= 0
+    found = score(TASK, said, other)["accuracy"]
+    assert found == (said.predicted[known] == other[said.place][known]).mean() > 0.8 > score(TASK, said)["accuracy"]
+
+
+def test_a_loss_that_explodes_says_so_and_takes_no_other_with_it(learnable):
+    wild, calm = Schedule(epochs=3, lr=1e30), Schedule(epochs=3, lr=0.02)
     with pytest.raises(Refused, match="the learning rate 1e\\+30 is too high"):
-        run(learnable, Schedule(epochs=3, lr=1e30))
+        run(learnable, learner(learnable, wild))
+    _, (lost, fine) = run(learnable, learner(learnable, wild), learner(learnable, calm))
+    _, (alone,) = run(learnable, learner(learnable, calm))
+    assert lost.epoch == 0 and not lost.weights and fine.epoch == alone.epoch
+    for name, value in alone.weights.items():
+        torch.testing.assert_close(fine.weights[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_the_rate_warms_up_and_falls_to_nothing():
