@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -104,7 +104,12 @@ def names(configs: Sequence[Train]) -> list[str]:
     """What tells each from the others: the fields in which they differ, as one would write them."""
     every = [flat(config.model_dump(mode="json")) for config in configs]
     differ = [name for name in every[0] if len({repr(each.get(name)) for each in every}) > 1]
-    return [" ".join(f"{name}={each[name]}" for name in differ) or "one" for each in every]
+    return [in_words({name: each[name] for name in differ}) or "one" for each in every]
+
+
+def in_words(setting: Mapping[str, Any]) -> str:
+    """A setting as one would write it, its numbers short."""
+    return " ".join(f"{name}={f'{value:.4g}' if isinstance(value, float) else value}" for name, value in setting.items())
 
 
 def flat(said: dict[str, Any], before: str = "") -> dict[str, Any]:

@@ -170,7 +170,7 @@ class Train(_Spread):
     seeds: Count = 1
     """how many heads, with seeds from SEED on: their mean and standard deviation are told"""
     track: Literal["none", "tensorboard", "trackio"] = "none"
-    """who is told of each epoch beside the JSON lines under STORE; needs the `track` extra"""
+    """of `train` and `sweep`: who is told of each epoch beside the JSON lines under STORE; needs the `track` extra"""
     cache: str | None = None
     """prefix of a fingerprint, to choose where several caches match"""
     no_extract: bool = False

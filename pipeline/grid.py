@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from pipeline.board import in_words
 from pipeline.config import Sweep, Train, explained
 from store.errors import Refused
 
-FIXED = {"store", "device", "dask", "no_extract", "seeds", "track", "grid", "trials", "width"}
+FIXED = {"task", "store", "device", "dask", "no_extract", "cache", "reading", "seeds", "track", "grid", "trials", "width"}
 """what is of the whole sweep, not of a setting"""
 
 
@@ -125,9 +126,4 @@ def training(config: Sweep, setting: Mapping[str, Any]) -> Train:
     for name, value in setting.items():
         *group, last = name.split(".")
         (said[group[0]] if group else said)[last] = value
-    return explained(Train, said, f"setting {told(setting)}: ")
-
-
-def told(setting: Mapping[str, Any]) -> str:
-    """A setting in words."""
-    return " ".join(f"{name}={f'{value:.4g}' if isinstance(value, float) else value}" for name, value in setting.items())
+    return explained(Train, said, f"setting {in_words(setting)}: ")

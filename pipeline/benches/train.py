@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import store
 from pipeline import fitting
@@ -25,6 +24,8 @@ from stages.access import Access
 from stages.device import pick
 from stages.heads import Batch, Head
 from stages.loader import Loader
+from stages.optimise import AdamW
+from stages.stack import Stack
 from store.errors import Refused
 
 EXAMPLES = 4096
@@ -56,17 +57,14 @@ def _step(config: Bench, show: Show) -> tuple[float, list[dict[str, Any]]]:
     kept = [batch for batch, _ in zip(loaders["random"].epoch(own.seed, 1), range(STEPS), strict=False)]
     ways: dict[str, Callable[[], Iterable[Batch]]] = {"in memory": lambda: kept}
     ways |= {how: lambda loader=loader: loader.epoch(own.seed, 1) for how, loader in loaders.items()}  # type: ignore[misc]
-    head = _head(own, opened, loaders["random"])
-    optimiser = torch.optim.AdamW(head.parameters(), lr=own.lr, fused=True)
+    stack = Stack([_head(own, opened, loaders["random"])], [own.seed])
+    optimiser = AdamW(stack, [own.schedule.weight_decay], [own.schedule.clip])
 
     def steps(batches: Callable[[], Iterable[Batch]]) -> Callable[[], None]:
         def go() -> None:
-            head.train()
             for batch, _ in zip(batches(), range(len(kept)), strict=False):
-                torch.autograd.backward(head.loss(batch))
-                nn.utils.clip_grad_norm_(head.parameters(), own.schedule.clip)
-                optimiser.step()
-                optimiser.zero_grad(set_to_none=True)
+                stack.backward(stack.losses(batch, batch.labels[None]))
+                optimiser.step([own.lr])
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 

@@ -1,11 +1,13 @@
 """Many heads that differ in what a grid says: trained in passes, ranked by the part that chooses, scored once."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline import grid, propose, runs, together
+from pipeline.board import in_words
 from pipeline.config import Sweep
 from pipeline.show import Show, duration
 from store.errors import Damaged, Refused
@@ -55,10 +57,8 @@ def _known(config: Sweep) -> dict[str, dict[str, Any]]:
 
 def _name(config: Sweep, grids: list[grid.Grid]) -> str:
     """Of a study: another for another grid or other settings, but not for more trials."""
-    own = config.model_dump(
-        mode="json", exclude={"store", "device", "dask", "no_extract", "trials", "width", "track", "grid", "reading"}
-    )
-    return f"{config.task.replace('/', '-').replace(',', '-')}-{fingerprint({'sweep': repr(own), 'grid': repr(grids)})[:12]}"
+    own = config.model_dump(mode="json", exclude=grid.FIXED - {"task", "seeds"})
+    return f"{Path(config.task).stem}-{fingerprint({'sweep': repr(own), 'grid': repr(grids)})[:12]}"
 
 
 def _train(
@@ -67,7 +67,7 @@ def _train(
     """A row a setting, over its seeds. What is trained already, here or before, is not trained again."""
     configs = [each for setting in settings for each in together.seeded(_streamed(config, setting))]
     asked = together.open_all(configs, show, seconds)
-    missing = list({each.key: each for each in asked if each.key not in known}.values())
+    missing = list({each.key: each for each in asked if not _there(each, known, show)}.values())
     if len(missing) < len(asked):
         show.line(f"{len(asked) - len(missing):,} of {len(asked):,} heads are trained already")
     for begin in range(0, len(missing), config.width):
@@ -76,6 +76,19 @@ def _train(
             known[each.key] = document
     documents = iter([known[each.key] for each in asked])
     return [_row(setting, [next(documents) for _ in range(config.seeds)]) for setting in settings]
+
+
+def _there(each: together.Asked, known: dict[str, dict[str, Any]], show: Show) -> bool:
+    """Whether a head is trained already, and its weights are there too."""
+    if each.key not in known:
+        return False
+    if "path" in known[each.key]:
+        try:
+            runs.load_head(runs.open_run(Path(known[each.key]["path"])))
+        except Damaged as error:
+            show.line(f"trained again: {error}")
+            return False
+    return True
 
 
 def _streamed(config: Sweep, setting: dict[str, Any]) -> Any:
@@ -117,17 +130,19 @@ def _told(config: Sweep, rows: list[dict[str, Any]], show: Show, seconds: dict[s
     for row in rows[:SHOWN]:
         scored = row["metrics"].get(split, {}).get(metric, {"mean": None, "standard_deviation": None})
         told = [row["choose"], row.get("choose_deviation"), scored["mean"], scored["standard_deviation"]]
-        body.append([grid.told(row["setting"]), row["trainable_parameters"], *(told if spread else told[::2])])
+        body.append([in_words(row["setting"]), row["trainable_parameters"], *(told if spread else told[::2])])
     show.table(["setting", "parameters", f"{metric}, choosing part", *spread, f"{metric}, {split}", *spread], body)
     if len(rows) > SHOWN:
         show.line(f"and {len(rows) - SHOWN:,} more")
     diverged = sum(row["choose"] is None for row in rows)
     if diverged:
         show.line(f"{diverged} found no number for their loss")
-    probe, score = best["linear_probe"][split][metric], best["metrics"][split][metric]["mean"]
+    for label in dict.fromkeys(row["setting"].get("label") for row in rows):  # other labels are another task
+        first = next(row for row in rows if row["setting"].get("label") == label)
+        if first["choose"] is not None:
+            score, probe = first["metrics"][split][metric]["mean"], first["linear_probe"][split][metric]
+            show.line(f"best by the choosing part: {in_words(first['setting'])}; runs {', '.join(first['runs'])}")
+            show.line(f"its {metric} on {split}: {score:.4f}; linear probe {probe:.4f}")
     spent = ", ".join(f"{phase} {duration(value)}" for phase, value in seconds.items())
-    show.line(
-        f"best by the choosing part: {grid.told(best['setting'])}: {metric} on {split} {score:.4f}, linear probe {probe:.4f}"
-    )
-    show.line(f"{spent}; run{'s' if spread else ''} {', '.join(best['runs'])}; `make report` shows them all")
+    show.line(f"{spent}; `make report` shows all runs")
     return {"task": best["task"], "metric": metric, "split": split, "seeds": config.seeds, "seconds": seconds, "rows": rows}
