@@ -84,9 +84,9 @@ def seeded(config: Train) -> list[Train]:
 def open_all(configs: Sequence[Train], show: Show, seconds: dict[str, float]) -> list[Asked]:
     """Find or extract the caches of all, each once. Raises Refused where caches and heads do not go together, before training."""
     tasks = [check(config) for config in configs]  # all names are looked at before anything is spent
-    for config in configs:
+    for config, task in zip(configs, tasks, strict=True):
         track.check(config.track)
-        writer.check_writable(config.store / "runs")
+        writer.check_writable(config.store / "runs" / task.name)
     opened: dict[str, Opened] = {}
     asked = []
     for config, task in zip(configs, tasks, strict=True):
