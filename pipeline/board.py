@@ -78,7 +78,10 @@ class Board:
 
     def _leaders(self) -> None:
         self.stale = False
-        order = sorted(self.best, key=lambda number: -self.best[number])[:LEADERS]
+        ranked = sorted(self.best, key=lambda number: -self.best[number])
+        tasks = dict.fromkeys(task.name for task in self.tasks)
+        each = max(1, LEADERS // len(tasks))  # of each task: their scores say nothing of one another
+        order = [n for name in tasks for n in [n for n in ranked if self.tasks[n].name == name][:each]]
         rows = [
             [
                 self.tasks[n].name,

@@ -49,55 +49,47 @@ def reading(config: Train, opened: Opened, streams: list[str], device: torch.dev
 
 
 def loaders(
-    config: Train,
-    opened: Opened | Sequence[Opened],
-    seed: int,
-    streams: list[str],
-    device: torch.device,
-    access: Access | None = None,
+    config: Train, opened: Opened, seed: int, streams: list[str], device: torch.device, access: Access | None = None
 ) -> Loaders:
     """Split the train cache by the seed, and load what the heads read. Raises Refused where there is nothing to learn.
 
-    opened: one, or several tasks on the same caches: what has a label for one of them is loaded. access: chosen before; chosen
-    here where left out.
+    access: chosen before; chosen here where left out.
     """
-    every = [opened] if isinstance(opened, Opened) else opened
-    first = every[0]
-    fit, choose = hold_out(_known(every, first.task.train), config.schedule.hold_out, seed)
-    for each in every:
-        task, labels = each.task, each.labels[each.task.train]
-        if task.kind == "classification" and len(found := np.unique(labels[fit][labels[fit] >= 0])) < 2:
-            only = task.classes[found[0]] if task.classes and len(found) else ""
-            raise Refused(f"every training label is {only!r}: there is nothing to tell apart; raise LIMIT, or mend the data")
-
-    access = access or reading(config, first, streams, device).access
+    task, labels = opened.task, opened.labels
+    fit, choose = hold_out(labels[task.train], config.schedule.hold_out, seed)
+    check_classes(opened, fit)
+    access = access or reading(config, opened, streams, device).access
 
     def load(split: str, examples: np.ndarray, batch: int | None = None) -> Loader:
-        cache = first.caches[split]
+        cache = opened.caches[split]
         size = batch or at_once(cache, streams, EVALUATION_BATCH)
-        return Loader(cache, examples, first.labels[split], size, device, streams, access)
+        return Loader(cache, examples, labels[split], size, device, streams, access)
 
-    scored = {split: load(split, labelled(_known(every, split))) for split in first.task.evaluation}
-    return Loaders(load(first.task.train, fit, config.batch), load(first.task.train, choose), scored)
+    scored = {split: load(split, labelled(labels[split])) for split in task.evaluation}
+    return Loaders(load(task.train, fit, config.batch), load(task.train, choose), scored)
 
 
-def _known(opened: Sequence[Opened], split: str) -> np.ndarray:
-    """(N,) 0 for what has a label for one of the tasks, -1 for the rest."""
-    found = np.full(len(opened[0].labels[split]), -1)
-    for each in opened:
-        found[labelled(each.labels[split])] = 0
-    return found
+def check_classes(opened: Opened, fit: np.ndarray) -> None:
+    """Refuse a classification whose training examples are all of one class."""
+    task = opened.task
+    found = np.unique(opened.labels[task.train][fit])
+    if task.kind == "classification" and len(found) < 2:
+        only = task.classes[found[0]] if task.classes else ""
+        raise Refused(
+            f"{task.name}: every training label ({task.label}) is {only!r}: there is nothing to tell apart; raise LIMIT, or mend "
+            f"the data"
+        )
 
 
 def plain(opened: Opened, loaded: Loaders, shape: Shape) -> dict[str, dict[str, dict[str, float]]]:
-    """The scores of majority and linear probe, from the examples that have a label for this task."""
+    """The scores of majority and linear probe on a task's own labels."""
 
     def own(loader: Loader, split: str) -> Loader:
-        labels = opened.labels[split]
-        if loader.labels is labels:
+        if loader.labels is opened.labels[split]:
             return loader
-        known = loader.examples[np.isin(loader.examples, labelled(labels))]
-        return Loader(loader.cache, known, labels, loader.batch, loader.device, loader.streams, loader.access)
+        return Loader(
+            loader.cache, loader.examples, opened.labels[split], loader.batch, loader.device, loader.streams, loader.access
+        )
 
     train = opened.task.train
     scored = {split: own(loader, split) for split, loader in loaded.scored.items()}
@@ -126,7 +118,8 @@ def schedule(config: Train, seed: int) -> Schedule:
 
 
 def learner(config: Train, opened: Opened, shape: Shape, answers: torch.Tensor | None, fit: Loader, seed: int) -> Learner:
-    """A fresh head that is to learn. answers: (K, D) label words of a verbalizer."""
+    """A fresh head that is to learn. answers: (K, D) label words of a verbalizer. Raises Refused where it has one class."""
+    check_classes(opened, fit.examples)
     head = fresh(opened, shape, answers, fit, seed)
     return Learner(head, shape, opened.task, opened.labels[opened.task.train], schedule(config, seed))
 
@@ -160,3 +153,11 @@ def fit(
             for number, said in zip((learned[m] for m in which), words, strict=True):
                 metrics[number][split] = score(opened[number].task, said, opened[number].labels.get(split))
     return [Fitted(*item) for item in zip((each.head for each in learners), outcomes, metrics, strict=True)]
+
+
+def fit_one(learner: Learner, opened: Opened, loaded: Loaders, seed: int) -> Fitted:
+    """Train and score one head. Raises Refused where its loss was no number."""
+    (fitted,) = fit([learner], [opened], loaded, seed)
+    if not fitted.metrics:
+        raise Refused(f"the loss was no number: the learning rate {learner.schedule.lr:g} is too high; lower LR")
+    return fitted

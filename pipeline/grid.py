@@ -8,17 +8,33 @@ or a list of such grids, the settings of which are joined.
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from pipeline import opening
 from pipeline.board import in_words
 from pipeline.config import Sweep, Train, explained
 from store.errors import Refused
 
-FIXED = {"task", "store", "device", "dask", "no_extract", "cache", "reading", "seeds", "track", "grid", "trials", "width"}
+FIXED = {
+    "task",
+    "store",
+    "device",
+    "dask",
+    "no_extract",
+    "cache",
+    "reading",
+    "seeds",
+    "track",
+    "grid",
+    "trials",
+    "width",
+    "read.shared",
+}
 """what is of the whole sweep, not of a setting"""
 
 
@@ -73,10 +89,9 @@ def _grid(path: Path, said: Mapping[Any, Any]) -> Grid:
 def _known(model: type[Any]) -> set[str]:
     names = set()
     for name, field in model.model_fields.items():
-        if name not in FIXED:
-            inner = getattr(field.annotation, "model_fields", None)
-            names |= {f"{name}.{each}" for each in inner} if inner else {name}
-    return names
+        inner = getattr(field.annotation, "model_fields", None)
+        names |= {f"{name}.{each}" for each in inner} if inner else {name}
+    return {name for name in names if name not in FIXED and name.split(".")[0] not in FIXED}
 
 
 def _flat(said: Mapping[Any, Any], known: set[str]) -> dict[str, Any]:
@@ -94,11 +109,12 @@ def _flat(said: Mapping[Any, Any], known: set[str]) -> dict[str, Any]:
 def _range(path: Path, name: str, said: dict[str, Any]) -> Range:
     low, high, log, step = (said.get(field, other) for field, other in (("low", ""), ("high", ""), ("log", False), ("step", 1)))
     right = set(said) <= {"low", "high", "log", "step"} and isinstance(log, bool)
-    right = right and all(type(number) in (int, float) for number in (low, high, step)) and low < high and step > 0
-    if not right or (log and (low <= 0 or "step" in said)):
+    right = right and all(type(number) in (int, float) and math.isfinite(number) for number in (low, high, step))
+    right = right and low < high and step > 0 and not (log and (low <= 0 or "step" in said))
+    if not right or ("step" in said and abs((high - low) / step - round((high - low) / step)) > 1e-9):
         raise Refused(
             f"GRID={path}: {name} is {said}; a range is {{low: 0.001, high: 0.1}}, with `log: true` (low above 0, no step) or "
-            f"`step: …`"
+            f"a `step:` that leads from low to high"
         )
     return Range(low, high, log, said.get("step"))
 
@@ -117,6 +133,14 @@ def settings(grids: list[Grid]) -> list[dict[str, Any]]:
             if setting not in found:
                 found.append(setting)
     return found
+
+
+def check(config: Sweep, grids: list[Grid]) -> None:
+    """Refuse any value of the grids that cannot be, each by itself; of a range its ends."""
+    for grid in grids:
+        for name, values in grid.items():
+            for value in (values.low, values.high) if isinstance(values, Range) else values:
+                opening.check(training(config, {name: value}))
 
 
 def training(config: Sweep, setting: Mapping[str, Any]) -> Train:

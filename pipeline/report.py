@@ -19,20 +19,8 @@ COSTS = {"trainable_parameters": "trainable parameters", "seconds": "seconds", "
 LISTED = 100
 """runs a task in the Markdown file"""
 
-OF_PLACE = {
-    "store",
-    "device",
-    "dask",
-    "task",
-    "data",
-    "backbone",
-    "track",
-    "seeds",
-    "no_extract",
-    "cache",
-    "schedule.stream_seed",
-}
-"""options that make no other run"""
+OF_PLACE = {"store", "device", "dask", "task", "data", "backbone", "track", "seeds", "no_extract", "cache", "label"}
+"""options that make no other run of the same task"""
 
 TOLD = ("cell", "hidden", "pool", "head", "lr", "batch", "epochs", "seed", "tokens", "codec", "layers")
 """options that every row shows; others where runs differ in them"""
@@ -42,12 +30,23 @@ def gather(root: Path) -> dict[str, Any]:
     """The runs under a root as plain data, task by task, the best by its choosing part first."""
     rows, damaged = [], []
     for found in runs.listing(root):
+        if isinstance(found, Damaged):
+            damaged.append(str(found))
+            continue
         try:
-            if isinstance(found, Damaged):
-                raise found
             rows.append(_row(found))
         except Damaged as error:
             damaged.append(str(error))
+        except (KeyError, TypeError, AttributeError, ValueError, StopIteration) as error:
+            lacks = f"{type(error).__name__}: {error}"
+            damaged.append(f"run {found.path}: run.json or curve.jsonl lack something ({lacks}); train again")
+    # a task's name may stand for several label columns, or be measured by several metrics: they are no one ranking
+    kinds = {
+        name: {(row["label"], row["metric"]) for row in rows if row["task"] == name} for name in {row["task"] for row in rows}
+    }
+    for row in rows:
+        if len(kinds[row["task"]]) > 1:
+            row["task"] = f"{row['task']} ({row['label']}, {row['metric']})"
     tasks = {}
     for task in sorted({row["task"] for row in rows}):
         mine = sorted((row for row in rows if row["task"] == task), key=lambda row: -row["choose"])
@@ -70,7 +69,7 @@ def _row(found: runs.Run) -> dict[str, Any]:
     return {
         "run": found.path.name, "task": told["task"], "split": split, "metric": metric, "score": score,
         "scores": {f"{name}, {where}": value for where, each in told["metrics"].items() for name, value in each.items()},
-        "choose": told.get("choose", {}).get(metric, 0.0), "majority": told["majority"][split][metric],
+        "label": told["task_definition"]["label"], "choose": told["choose"][metric], "majority": told["majority"][split][metric],
         "linear_probe": told["linear_probe"][split][metric], "best_epoch": told["best_epoch"],
         "trainable_parameters": told["trainable_parameters"], "seconds": told["seconds"]["train"] / heads, "heads": heads,
         "cache_bytes": told["cache_bytes"], "config": config, "layers": told.get("layers"),
@@ -81,20 +80,7 @@ def _row(found: runs.Run) -> dict[str, Any]:
 
 def _options(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What tells the runs of a task apart, and what every reader looks for."""
-    skip = {
-        "store",
-        "device",
-        "dask",
-        "task",
-        "data",
-        "backbone",
-        "track",
-        "seeds",
-        "no_extract",
-        "cache",
-        "schedule.stream_seed",
-    }
-    names = [name for name in rows[0]["config"] if name not in skip]
+    names = [name for name in rows[0]["config"] if name not in OF_PLACE]
     differ = [name for name in names if len({json.dumps(row["config"].get(name)) for row in rows}) > 1]
     return [name for name in names if name in TOLD or name in differ]
 

@@ -15,21 +15,11 @@ from stages.heads import Head
 from stages.read import Correction
 from stages.shape import count
 from stages.shared import train_shared
-from store.errors import Refused
 
 
 def train(asked: Sequence[Asked], show: Show, seconds: dict[str, float]) -> list[dict[str, Any]]:
     """Train the tasks of each seed together; a document each, in their order."""
-    first = asked[0]
-    for each in asked:
-        for what, mine, theirs in (
-            ("streams", each.shape.states, first.shape.states), ("width", each.shape.width, first.shape.width),
-        ):  # fmt: skip
-            if mine != theirs:
-                raise Refused(
-                    f"read.shared=true: {each.opened.task.name} has {what} {mine}, {first.opened.task.name} has {theirs}; one "
-                    f"READ reads the states of one backbone: give all tasks the same BACKBONE, TOKENS and LAYERS"
-                )
+    assert len({(each.shape.width, *each.shape.states) for each in asked}) == 1  # one configuration but for the task
     documents: dict[int, dict[str, Any]] = {}
     for seed in dict.fromkeys(each.config.seed for each in asked):
         which = [number for number, each in enumerate(asked) if each.config.seed == seed]

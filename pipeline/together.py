@@ -2,6 +2,7 @@
 
 import json
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -18,7 +19,9 @@ from pipeline.show import Show
 from stages.device import pick
 from stages.listening import listening
 from stages.shape import Shape, count
+from stages.tasks import labelled
 from store import writer
+from store.errors import Refused
 from store.fingerprint import fingerprint
 
 OF_HEADS = ("cell", "hidden", "pool", "epochs", "lr", "seed", "seeds", "read", "schedule", "batch", "reading", "track")
@@ -54,9 +57,11 @@ class Asked(NamedTuple):
     def stream(self) -> str:
         """What heads have in common that learn from one stream."""
         caches = {split: cache.fingerprint for split, cache in self.opened.caches.items()}
+        # a column that has labels for other examples trains on others, holds out others and is scored on others
+        known = {split: zlib.crc32(labelled(values).tobytes()) for split, values in self.opened.labels.items()}
         said = self.config
         return _text(
-            {"caches": caches, "streams": list(self.shape.states), "batch": said.batch, "hold_out": said.schedule.hold_out,
+            {"caches": caches, "labelled": known, "streams": list(self.shape.states), "batch": said.batch, "hold_out": said.schedule.hold_out,
              "seed": self.seed, "reading": said.reading.model_dump(mode="json")}
         )  # fmt: skip
 
@@ -68,7 +73,10 @@ class Asked(NamedTuple):
         task = self.opened.task
         about = {name: getattr(task, name) for name in ("name", "kind", "label", "classes", "metrics", "words")}
         caches = {split: cache.fingerprint for split, cache in self.opened.caches.items()}
-        return fingerprint({"training": TRAINING, "head": _text(said), "task": _text(about), "caches": caches})
+        access = fitting.reading(self.config, self.opened, list(self.shape.states), pick(self.config.device)).access
+        window = access.window_bytes if access.how == "windows" else None  # the order of batches depends on it
+        order = {"training": TRAINING, "window": window}
+        return fingerprint(order | {"head": _text(said), "task": _text(about), "caches": caches})
 
 
 def seeded(config: Train) -> list[Train]:
@@ -86,7 +94,11 @@ def open_all(configs: Sequence[Train], show: Show, seconds: dict[str, float]) ->
     tasks = [check(config) for config in configs]  # all names are looked at before anything is spent
     for config, task in zip(configs, tasks, strict=True):
         track.check(config.track)
-        writer.check_writable(config.store / "runs" / task.name)
+        for folder in ("runs/" + task.name, "logs"):
+            writer.check_writable(config.store / folder)
+    stems = {config.task: task.name for config, task in zip(configs, tasks, strict=True)}
+    if len(set(stems.values())) < len(stems):
+        raise Refused(f"several tasks are called {max(stems.values(), key=list(stems.values()).count)!r}: give each a `name:`")
     opened: dict[str, Opened] = {}
     asked = []
     for config, task in zip(configs, tasks, strict=True):
@@ -103,7 +115,7 @@ def open_all(configs: Sequence[Train], show: Show, seconds: dict[str, float]) ->
 def train(asked: Sequence[Asked], show: Show, seconds: dict[str, float]) -> list[dict[str, Any]]:
     """Train all of them, those of one stream in one pass; a document each, in their order, with its run's folder.
 
-    Of a head whose loss was no number the document is {"diverged": True, …}: it is not saved.
+    Of a head whose loss was no number the document is {"diverged": True, …}, and it is not saved.
     """
     documents: list[dict[str, Any]] = [{} for _ in asked]
     streams: dict[str, list[int]] = {}
@@ -123,7 +135,7 @@ def _pass(asked: list[Asked], show: Show, seconds: dict[str, float]) -> list[dic
     device, streams, opened = pick(first.config.device), list(first.shape.states), [each.opened for each in asked]
     access, why = fitting.reading(first.config, first.opened, streams, device)
     show.line(f"caches are read {MANNER[access.how]} ({why})")
-    loaded = fitting.loaders(first.config, opened, first.seed, streams, device, access)
+    loaded = fitting.loaders(first.config, first.opened, first.seed, streams, device, access)
     with clock(seconds, "train"):
         learners = [
             fitting.learner(each.config, each.opened, each.shape, each.words, loaded.fit, each.config.seed) for each in asked
@@ -145,7 +157,7 @@ def _pass(asked: list[Asked], show: Show, seconds: dict[str, float]) -> list[dic
 
 
 def _labels(each: Asked) -> str:
-    return _text([each.opened.task.name, each.opened.task.label, each.shape.pool])
+    return _text([each.opened.task.name, each.opened.task.label, each.opened.task.metrics, each.shape.pool])
 
 
 def _introduce(asked: list[Asked], loaded: fitting.Loaders, heads: list[Any], show: Show) -> None:
@@ -174,7 +186,8 @@ def saved(
     task, recipe = opened.task, opened.recipe
     parameters = {"read": count(fitted.head.read), "head": count(fitted.head) - count(fitted.head.read)}
     if not fitted.metrics:
-        return {"task": task.name, "diverged": True, "trainable_parameters": sum(parameters.values())}
+        return {"task": task.name, "diverged": True, "lr": config.lr, "seed": config.seed,
+                "trainable_parameters": sum(parameters.values())}  # fmt: skip
     curve = fitted.outcome.curve
     document = {
         "task": task.name,

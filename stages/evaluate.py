@@ -11,7 +11,7 @@ from stages.heads import Batch, Head
 from stages.loader import Loader
 from stages.metrics import scores
 from stages.stack import Stack
-from stages.tasks import Task, labelled
+from stages.tasks import Task
 
 
 class Said(NamedTuple):
@@ -65,7 +65,5 @@ def _hear(speakers: Sequence[Callable[[Batch], Tensor]], loader: Loader) -> list
 
 
 def score(task: Task, said: Said, labels: np.ndarray | None = None) -> dict[str, float]:
-    """The task's metrics on what has a label. labels: (N,) of all examples, where they are not the loader's."""
-    truth = said.labels if labels is None else labels[said.place]
-    known = labelled(truth)
-    return scores(task.metrics, said.predicted[known], truth[known])
+    """The task's metrics. labels: (N,) of all examples of the cache, where they are not the loader's."""
+    return scores(task.metrics, said.predicted, said.labels if labels is None else labels[said.place])

@@ -83,18 +83,12 @@ class Stack:
     def losses(self, batch: Batch, labels: Tensor) -> Tensor:
         """(M,): each head's mean cross-entropy, or mean squared error in units of its labels' variance, in training.
 
-        labels: (M, B), or (1, B) where all learn the same; -1 or NaN is left out of the mean.
+        labels: (M, B), or (1, B) where all learn the same.
         """
         out = self.logits(batch, training=True)  # (M, B, K)
-        labels = labels.expand(len(self), -1)
         if self.like.regression:
-            known = ~labels.isnan()
-            scale = self.buffers["scale"][:, None]
-            each = ((out[..., 0] - labels.nan_to_num().float()) / scale).square()
-        else:
-            known = labels >= 0
-            each = F.cross_entropy(out.mT, labels.clamp_min(0).long(), reduction="none")  # (M, B)
-        return (each * known).sum(1) / known.sum(1).clamp_min(1)
+            return ((out[..., 0] - labels) / self.buffers["scale"][:, None]).square().mean(1)
+        return F.cross_entropy(out.mT, labels.expand(len(self), -1), reduction="none").mean(1)
 
     def logits(self, batch: Batch, training: bool = False) -> Tensor:
         """(M, B, K), or predictions (M, B, 1) in the labels' unit."""

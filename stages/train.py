@@ -52,7 +52,7 @@ class Learner(NamedTuple):
     """of equal ones, but for dropout, a stack is made"""
     task: Task
     labels: np.ndarray
-    """(N,) of the cache that trains, with -1 or NaN where there is none"""
+    """(N,) of the cache that trains; of learners that train together the same examples have one"""
     schedule: Schedule
 
 
@@ -60,7 +60,7 @@ class Trained(NamedTuple):
     """The outcome of training."""
 
     epoch: int
-    """the best, counted from 1; 0 where there is none, since the loss was no number from the first on"""
+    """the best, counted from 1; 0 where there is none, since the loss was no number in the first"""
     weights: dict[str, Tensor]
     """of the best epoch, on the CPU"""
     curve: list[dict[str, Any]]
@@ -78,12 +78,13 @@ class _Group:
         self.loss = torch.zeros(len(which), device=stack.rows.device)
         """summed over the examples of an epoch"""
 
-    def step(self, batch: Batch, labels: Tensor, done: float) -> None:
-        """One step. labels: (U, B) of all label arrays. done: epochs."""
-        losses = self.stack.losses(batch, labels if len(labels) == 1 else labels[self.columns])
+    def step(self, batch: Batch, labels: Sequence[Tensor], done: float) -> None:
+        """One step. labels: (B,) of each of all label arrays. done: epochs."""
+        one = len(set(self.columns)) == 1
+        losses = self.stack.losses(batch, torch.stack([labels[column] for column in self.columns[: 1 if one else None]]))
         self.stack.backward(losses)
         self.optimiser.step([schedule.rate(min(1.0, done / schedule.epochs)) for schedule in self.schedules])
-        self.loss += losses.detach() * labels.shape[1]
+        self.loss += losses.detach() * len(batch.labels)
 
     def keep(self, left: list[int]) -> None:
         """Let go of all heads but these."""
@@ -120,16 +121,14 @@ def train(
 ) -> list[Trained]:
     """Train all on the batches of `fit`; of each keep the epoch that scores best on `choose`, by its task's first metric.
 
-    A head learns as it would alone, from the same batches. One that stops, or whose loss is no number any more, costs nothing
-    from then on. seed: of the order of batches. told: called with each line of a learner's curve as it comes. seen: with how many
-    examples were gone through. Repeats exactly on a CPU with the same seeds and threads.
-
-    Raises Refused where no head has learned anything.
+    A head learns as it would alone, from the same batches. One that stops, or whose loss was no number in an epoch, costs nothing
+    in those after it. seed: of the order of batches. told: called with each line of a learner's curve as it comes. seen: with how
+    many examples were gone through. Repeats exactly on a CPU with the same seeds and threads.
     """
     outcomes = [Trained(0, {}, []) for _ in learners]
     best = [-math.inf] * len(learners)
     arrays, columns = _distinct([learner.labels for learner in learners])
-    table = torch.from_numpy(np.stack(arrays)) if len(arrays) > 1 else None  # (U, N)
+    tables = [torch.from_numpy(array) for array in arrays]  # (N,) each
     made = stacks([each.head for each in learners], [each.shape for each in learners], [each.schedule.seed for each in learners])
     groups = [_Group(which, stack, learners, columns) for which, stack in made]
     begun, epoch = time.perf_counter(), 0
@@ -139,7 +138,7 @@ def train(
             group.loss = torch.zeros(len(group.which), device=fit.device)
         for batch in fit.epoch(seed, epoch):
             done += len(batch.labels)
-            labels = batch.labels[None] if table is None else table[:, batch.place].to(batch.labels.device)
+            labels = [table[batch.place].to(fit.device, non_blocking=True) for table in tables]
             for group in groups:
                 group.step(batch, labels, epoch - 1 + done / len(fit))
             seen(len(batch.labels))
@@ -165,9 +164,6 @@ def train(
             if len(left) < len(group.which):
                 group.keep(left)
         groups = [group for group in groups if group.which]
-    if not any(outcome.epoch for outcome in outcomes):
-        rates = ", ".join(f"{rate:g}" for rate in sorted({learner.schedule.lr for learner in learners}))
-        raise Refused(f"the loss is no number in epoch {epoch}: the learning rate {rates} is too high; lower LR")
     return outcomes
 
 
@@ -176,8 +172,7 @@ def _distinct(labels: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[int]
     arrays: list[np.ndarray] = []
     columns = []
     for mine in labels:
-        real = mine.dtype.kind == "f"
-        same = (n for n, other in enumerate(arrays) if other is mine or np.array_equal(other, mine, equal_nan=real))
+        same = (n for n, other in enumerate(arrays) if other is mine or (other.dtype == mine.dtype and (other == mine).all()))
         columns.append(next(same, len(arrays)))
         if columns[-1] == len(arrays):
             arrays.append(mine)

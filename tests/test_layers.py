@@ -32,7 +32,7 @@ HOMES = {
     "optuna": {"pipeline/propose.py"},
     "trackio": {"pipeline/track.py"},
     "tensorboard": set(),
-    "filelock": {"store/writer.py"},
+    "filelock": {"store/writer.py", "pipeline/propose.py"},
     "huggingface_hub": {"stages/sources.py", "stages/inputs.py"},
     "safetensors": {"pipeline/runs.py"},
 }

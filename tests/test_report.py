@@ -85,6 +85,28 @@ def test_a_run_cannot_break_out_of_the_page_and_a_damaged_one_is_named(page, sto
     (found,) = report.gather(root)["damaged"]
     (victim / "curve.jsonl").write_bytes(whole)
     assert victim.name in found and "train again" in found
+    text = (victim / "run.json").read_text()
+    for field in ("seconds", "linear_probe", "choose"):
+        (victim / "run.json").write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != field}))
+        (found,) = report.gather(root)["damaged"]
+        assert victim.name in found and field in found
+    (victim / "run.json").write_text(json.dumps(json.loads(text) | {"metrics": {}}))
+    assert victim.name in report.gather(root)["damaged"][0]
+    (victim / "run.json").write_text(text)
+
+
+def test_other_labels_are_another_ranking(page, store):
+    root, _ = store
+    victim = next((root / "runs" / "sst2").iterdir())
+    text = (victim / "run.json").read_text()
+    told = json.loads(text)
+    told["task_definition"]["label"] = "mood"
+    (victim / "run.json").write_text(json.dumps(told))
+    tasks = report.gather(root)["tasks"]
+    (victim / "run.json").write_text(text)
+    assert {name: len(task["runs"]) for name, task in tasks.items()} == {
+        "rte": 1, "sst2 (label, accuracy)": 5, "sst2 (mood, accuracy)": 1,
+    }  # fmt: skip
 
 
 def test_a_store_without_runs_is_one_line(capfd, tmp_path):

@@ -66,7 +66,7 @@ def _scores(config: Bench, task: str, name: str, show: Show) -> list[float]:
     for seed in range(config.seed, config.seed + config.seeds):
         loaded = fitting.loaders(own, opened, seed, list(shape.states), device)
         learner = fitting.learner(own, opened, shape, label_words(own, opened, shape), loaded.fit, seed)
-        metrics = fitting.fit([learner], [opened], loaded, seed)[0].metrics
+        metrics = fitting.fit_one(learner, opened, loaded, seed).metrics
         found.append(metrics[opened.task.evaluation[0]][opened.task.metrics[0]])
     show.line(f"{name}, {task}: {'  '.join(f'{value:.4f}' for value in found)}")
     return found

@@ -1,10 +1,12 @@
-"""Many heads in one pass beside one after another: seconds, and what is kept for the gradients."""
+"""Many heads in one pass beside one after another: seconds, and memory."""
 
+import multiprocessing
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from pipeline import fitting
 from pipeline.benches.timing import in_turn, median, ratio
@@ -13,6 +15,7 @@ from pipeline.opening import check, open_caches, shape_of
 from pipeline.show import Show, size
 from stages.device import pick
 from stages.loader import Loader
+from stages.optimise import AdamW
 from stages.stack import stacks
 from stages.train import Learner, train
 
@@ -20,6 +23,8 @@ EXAMPLES = 4096
 """of the train split, where LIMIT is left out"""
 STEPS = 64
 """of a round"""
+MANY, NARROW = 32, 32
+"""heads, and their width, whose memory is held against that of one"""
 
 
 class Case(NamedTuple):
@@ -66,11 +71,14 @@ def heads(config: Bench, show: Show) -> dict[str, Any]:
             f"{case.heads} heads ({own.cell} {case.hidden}, TOKENS={case.tokens}): {rows[-1]['seconds']:.2f} s in one pass, "
             f"{rows[-1]['seconds_separate']:.2f} s for {case.separate} one after another"
         )
-        if case.separate == 1:
-            kept = [_kept(learners[:count], fit) for count in (1, case.heads)]
-            ratios[f"activations{case.heads}_over_one"] = kept[1] / kept[0]
-            rows.append({"bench": "activations", "heads": [1, case.heads], "bytes": kept})
-            show.line(f"kept for the gradients of a step: {size(kept[0])} of one head, {size(kept[1])} of {case.heads}")
+    if Path("/proc/self/clear_refs").exists():
+        beyond = [_apart(_beyond, config, task, count) for count in (1, MANY)]
+        ratios[f"memory{MANY}_over_one"] = beyond[1] / beyond[0]
+        rows.append({"bench": "memory", "heads": [1, MANY], "bytes": beyond})
+        show.line(f"beyond parameters, gradients and moments, all tokens, gru {NARROW}: {size(beyond[0])} of one head, "
+                  f"{size(beyond[1])} of {MANY}")  # fmt: skip
+    else:
+        show.line("the most memory of a step cannot be told on this system")
     return {"rows": rows, "ratios": ratios}
 
 
@@ -89,21 +97,34 @@ def _learners(config: Train, count: int, show: Show) -> tuple[Loader, Loader, li
     return fit, loaded.choose, learners
 
 
-def _kept(learners: Sequence[Learner], fit: Loader) -> int:
-    """Bytes that a step keeps from its losses to their gradients, beside the parameters."""
-    ((_, stack),) = stacks([each.head for each in learners], [each.shape for each in learners], [0] * len(learners))
-    own = {value.untyped_storage().data_ptr() for value in (stack.rows, stack.grads, *stack.buffers.values())}
-    found: dict[int, int] = {}
+def _beyond(config: Bench, task: str, heads: int) -> int:
+    """The most that a process grows by in its first steps, beside parameters, gradients and moments, in bytes."""
+    own = config.training(task, tokens="all", hidden=NARROW, limit=config.limit or EXAMPLES, epochs=1, device="cpu")
+    fit, _, learners = _learners(own, heads, Show(to_stderr=True))
+    (_, small), *_ = stacks([learners[0].head], [learners[0].shape], [0])
+    batches = [batch for batch, _ in zip(fit.epoch(own.seed, 1), range(4), strict=False)]
+    few = batches[0]
+    one = few._replace(rows=few.rows[:1], example=few.example[:1], start=few.start[:1], labels=few.labels[:1])
+    small.backward(small.losses(one, one.labels[None]))  # what a process takes once, for its libraries
+    ((_, stack),) = stacks([each.head for each in learners], [each.shape for each in learners], [0] * heads)
+    optimiser = AdamW(stack, [0.01] * heads, [1.0] * heads)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the most begins anew
+    for batch in batches:
+        stack.backward(stack.losses(batch, batch.labels[None]))
+        optimiser.step([own.lr] * heads)
+    return _resident("VmHWM") - before
 
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            found[tensor.data_ptr()] = max(found.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size())
-        return tensor
 
-    batch = next(iter(fit.epoch(0, 1)))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        stack.losses(batch, batch.labels[None])
-    return sum(found.values())
+def _resident(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    return next(int(s.split()[1]) * 1024 for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(name))
+
+
+def _apart(function: Callable[..., int], *arguments: Any) -> int:
+    """What a function says in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _finished(device: torch.device) -> None:

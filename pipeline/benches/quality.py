@@ -142,5 +142,5 @@ def _held_out(config: Train, opened: Opened, seed: int, device: torch.device, pr
         scores = baselines.beside(opened.task, *loaded, shape.pool, shape.depths)["linear_probe"]
     else:
         learner = fitting.learner(config, opened, shape, label_words(config, opened, shape), loaded.fit, seed)
-        scores = fitting.fit([learner], [opened], loaded, seed)[0].metrics
+        scores = fitting.fit_one(learner, opened, loaded, seed).metrics
     return float(scores["held"][opened.task.metrics[0]])

@@ -44,6 +44,8 @@ class _Asked(NamedTuple):
 
 def run(config: Ablate, show: Show) -> dict[str, Any]:
     """The command `ablate`."""
+    if config.read.shared:
+        raise Refused("an ablation is of one task; leave read.shared out")
     task, device = check(config), pick(config.device)
     opened = open_caches(config, task, show)
     label_words(config, opened, _shape(config, opened, "read"))  # refused now, not after other work

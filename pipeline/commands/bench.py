@@ -46,7 +46,7 @@ TARGETS = {
     "loader_over_best_other": "≥ 1", "step_over_in_memory": "≤ 1.05", "int8_over_bf16_bytes": "≤ 0.51",
     "int4_over_bf16_bytes": "≤ 0.27", "loss_points_bf16": "≤ 0.1", "loss_points_int8": "≤ 0.3", "loss_points_int4": "≤ 1.0",
     "anon_memory_8x": "≤ 1.05", "heads8_first_over_separate": "≤ 0.35", "heads32_over_one": "≤ 4",
-    "heads8_all_over_separate": "≤ 0.6", "activations32_over_one": "≤ 32",
+    "heads8_all_over_separate": "≤ 0.6", "memory32_over_one": "≤ 32",
 }  # fmt: skip
 """what is aimed at, on an idle CPU machine of two cores"""
 

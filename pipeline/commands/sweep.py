@@ -10,6 +10,7 @@ from pipeline import grid, propose, runs, together
 from pipeline.board import in_words
 from pipeline.config import Sweep
 from pipeline.show import Show, duration
+from store import writer
 from store.errors import Damaged, Refused
 from store.fingerprint import fingerprint
 
@@ -24,6 +25,8 @@ def run(config: Sweep, show: Show) -> dict[str, Any]:
     if config.read.shared:
         raise Refused("a sweep trains heads each with a READ of its own; leave read.shared out")
     grids = grid.read(config.grid)
+    grid.check(config, grids)
+    writer.check_writable(config.store / "sweeps")
     seconds: dict[str, float] = {}
     known = _known(config)
     if config.trials is None:
@@ -44,15 +47,16 @@ def run(config: Sweep, show: Show) -> dict[str, Any]:
             path, name, grids[0], config.trials, config.width, config.seed, score,
             lambda done, trials: show.line(f"study {name} in {path}: {done} of {trials} trials are there"),
         )  # fmt: skip
-        settings = [setting for setting, _ in found if setting not in [row["setting"] for row in rows]]
+        settings = [setting for setting in found if setting not in [row["setting"] for row in rows]]
         rows += _train(config, settings, known, show, seconds)  # of before: their runs are there
     return _told(config, rows, show, seconds)
 
 
 def _known(config: Sweep) -> dict[str, dict[str, Any]]:
     """The runs that are there, by what fixes them."""
+    needed = {"key", "choose", "metrics", "linear_probe", "trainable_parameters"}
     every = (found for found in runs.listing(config.store) if not isinstance(found, Damaged))
-    return {found.told["key"]: found.told | {"path": str(found.path)} for found in every if "key" in found.told}
+    return {found.told["key"]: found.told | {"path": str(found.path)} for found in every if needed <= set(found.told)}
 
 
 def _name(config: Sweep, grids: list[grid.Grid]) -> str:
@@ -120,9 +124,11 @@ def _deviation(values: list[float]) -> float | None:
 def _told(config: Sweep, rows: list[dict[str, Any]], show: Show, seconds: dict[str, float]) -> dict[str, Any]:
     """Ranked by what chose, and scored on the first evaluation split beside it."""
     rows = sorted(rows, key=lambda row: -np.inf if row["choose"] is None else row["choose"], reverse=True)
-    best = rows[0]
-    if best["choose"] is None:
+    labels = [row["setting"].get("label") for row in rows]
+    rows = sorted(rows, key=lambda row: labels.index(row["setting"].get("label")))  # other labels are another task
+    if all(row["choose"] is None for row in rows):
         raise Refused("no setting found a number for its loss; lower the learning rates of the grid")
+    best = next(row for row in rows if row["choose"] is not None)
     split, values = next(iter(best["metrics"].items()))
     metric = next(iter(values))
     spread = ["±"] if config.seeds > 1 else []
@@ -137,7 +143,7 @@ def _told(config: Sweep, rows: list[dict[str, Any]], show: Show, seconds: dict[s
     diverged = sum(row["choose"] is None for row in rows)
     if diverged:
         show.line(f"{diverged} found no number for their loss")
-    for label in dict.fromkeys(row["setting"].get("label") for row in rows):  # other labels are another task
+    for label in dict.fromkeys(labels):
         first = next(row for row in rows if row["setting"].get("label") == label)
         if first["choose"] is not None:
             score, probe = first["metrics"][split][metric]["mean"], first["linear_probe"][split][metric]

@@ -1,5 +1,6 @@
 """Stage two: train READs from the cache, score them beside the majority class and a linear probe, save the runs."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,26 @@ def run(config: Train, show: Show) -> dict[str, Any]:
     tasks = config.task.split(",")
     if config.read.shared and len(tasks) < 2:
         raise Refused("read.shared=true is one READ for several tasks; give TASK=a,b, or leave it out")
+    if len(set(tasks)) < len(tasks):
+        raise Refused(f"TASK={config.task} names a task twice; name each once")
     configs = [each for task in tasks for each in together.seeded(config.model_copy(update={"task": task}))]
     seconds: dict[str, float] = {}
     asked = together.open_all(configs, show, seconds)
     documents = (shared.train if config.read.shared else together.train)(asked, show, seconds)
+    trained = [document for document in documents if "run" in document]
+    lost = [document for document in documents if "run" not in document]
+    for document in lost if trained else []:
+        show.line(f"{document['task']}, seed {document['seed']}: {_diverged(document)}; it is not saved")
+    if not trained:
+        raise Refused(_diverged(lost[0]))
     if len(documents) == 1:
         report(show, documents[0])
         return documents[0]
-    trained = [document for document in documents if "run" in document]
     return {"runs": documents, "summary": summary(show, trained, config.seeds)}
+
+
+def _diverged(document: dict[str, Any]) -> str:
+    return f"the loss was no number in the first epoch: the learning rate {document['lr']:g} is too high; lower LR"
 
 
 def report(show: Show, document: dict[str, Any]) -> None:
@@ -65,5 +77,6 @@ def summary(show: Show, documents: list[dict[str, Any]], seeds: int) -> list[dic
         columns.append(f"standard deviation, {seeds} seeds")
         rows = [[*row, line["standard_deviation"]] for row, line in zip(rows, found, strict=True)]
     show.table(columns, rows)
-    show.line(f"{len(documents)} runs saved, from {documents[0]['run']} to {documents[-1]['run']}; `make report` shows them all")
+    folders = dict.fromkeys(str(Path(document["path"]).parent) for document in documents)
+    show.line(f"{len(documents)} runs saved under {', '.join(folders)}; `make report` shows them all")
     return found
