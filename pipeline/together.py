@@ -61,8 +61,8 @@ class Asked(NamedTuple):
         known = {split: zlib.crc32(labelled(values).tobytes()) for split, values in self.opened.labels.items()}
         said = self.config
         return _text(
-            {"caches": caches, "labelled": known, "streams": list(self.shape.states), "batch": said.batch, "hold_out": said.schedule.hold_out,
-             "seed": self.seed, "reading": said.reading.model_dump(mode="json")}
+            {"caches": caches, "labelled": known, "streams": list(self.shape.states), "seed": self.seed, "batch": said.batch,
+             "hold_out": said.schedule.hold_out, "reading": said.reading.model_dump(mode="json")}
         )  # fmt: skip
 
     @property

@@ -7,7 +7,7 @@ Each cell: gates (M, L, r, G·H), what the inputs alone say; first (M, r, H) or 
 (M, G·H) of the step from state to state; the order in which blocks are gone through -> states (M, L, r, H).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,20 +18,22 @@ from torch.autograd.function import once_differentiable
 from stages.products import room, room_like, sigmoid_backward, tanh_backward
 
 
-def _before(states: Tensor, first: Tensor | None, order: Sequence[int]) -> Tensor:
-    """The state from which each block's step began: (M, L, r, H)."""
-    before = room_like(states)
-    before[:, order[0]] = 0 if first is None else first
-    for now, earlier in zip(order[1:], order, strict=False):
-        before[:, now] = states[:, earlier]
-    return before
+def _earlier(states: Tensor, first: Tensor | None, order: Sequence[int]) -> Iterator[tuple[int, Tensor | None]]:
+    """The blocks from the last to the first, each with the state (M, r, H) from which its step began; None for zeros."""
+    for now, before in zip(reversed(order), [*reversed(order[:-1]), None], strict=True):
+        yield now, first if before is None else states[:, before]
 
 
-def _of_matrix(into: Tensor, grads: Tensor, before: Tensor) -> Tensor:
+def _of_matrix(into: Tensor, grads: Tensor, states: Tensor, first: Tensor | None, order: Sequence[int]) -> Tensor:
     """The gradient of a matrix from state to state, summed over blocks and rows; returns that of its bias."""
-    flat = grads.flatten(1, 2)  # (M, L · r, G · H)
-    torch.bmm(flat.mT, before.flatten(1, 2), out=into)
-    return flat.sum(1)
+    later, before = (slice(1, None), slice(None, -1)) if order[0] == 0 else (slice(None, -1), slice(1, None))
+    if len(order) > 1:
+        torch.bmm(grads[:, later].flatten(1, 2).mT, states[:, before].flatten(1, 2), out=into)
+    else:
+        into.zero_()
+    if first is not None:
+        into += torch.bmm(grads[:, order[0]].mT, first)
+    return grads.flatten(1, 2).sum(1)
 
 
 class _RNN(Function):
@@ -56,10 +58,11 @@ class _RNN(Function):
         slope = 1 - states.square()
         grads = room_like(states)
         back = torch.zeros_like(states[:, 0])
-        for layer in reversed(ctx.order):
-            torch.mul(back + grad[:, layer], slope[:, layer], out=grads[:, layer])
-            back = torch.bmm(grads[:, layer], weight)
-        of_bias = _of_matrix(ctx.into, grads, _before(states, first, ctx.order))
+        for layer, before in _earlier(states, first, ctx.order):
+            torch.mul(back.add_(grad[:, layer]), slope[:, layer], out=grads[:, layer])
+            if before is not None:
+                back = torch.bmm(grads[:, layer], weight)
+        of_bias = _of_matrix(ctx.into, grads, states, first, ctx.order)
         return grads, None if first is None else back, None, of_bias, None
 
 
@@ -92,22 +95,23 @@ class _GRU(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, Tensor, None]:
         first, weight, states, doors, new = ctx.saved_tensors
         hidden = weight.shape[2]
-        before = _before(states, first, ctx.order)
         of_gates = room_like(doors)
         of_state = room_like(doors)  # the same but for n, which hears the state through r
         back = torch.zeros_like(states[:, 0])
-        for layer in reversed(ctx.order):
+        for layer, before in _earlier(states, first, ctx.order):
             reset, update, inner = doors[:, layer].split(hidden, -1)
             to_reset, to_update, to_inner = of_state[:, layer].split(hidden, -1)
             arriving = back.add_(grad[:, layer])
             fresh = of_gates[:, layer, :, 2 * hidden :]
             tanh_backward(torch.addcmul(arriving, arriving, update, value=-1), new[:, layer], grad_input=fresh)
             sigmoid_backward(fresh * inner, reset, grad_input=to_reset)
-            sigmoid_backward((before[:, layer] - new[:, layer]).mul_(arriving), update, grad_input=to_update)
+            change = -new[:, layer] if before is None else before - new[:, layer]
+            sigmoid_backward(change.mul_(arriving), update, grad_input=to_update)
             torch.mul(fresh, reset, out=to_inner)
-            back = torch.baddbmm(arriving.mul_(update), of_state[:, layer], weight)
+            if before is not None:
+                back = torch.baddbmm(arriving.mul_(update), of_state[:, layer], weight)
         of_gates[..., : 2 * hidden] = of_state[..., : 2 * hidden]
-        of_bias = _of_matrix(ctx.into, of_state, before)
+        of_bias = _of_matrix(ctx.into, of_state, states, first, ctx.order)
         return of_gates, None if first is None else back, None, of_bias, None
 
 
@@ -142,23 +146,25 @@ class _LSTM(Function):
         first, weight, states, opened, held, bent = ctx.saved_tensors
         hidden = weight.shape[2]
         enter, stay, candidate, leave = opened.split(hidden, -1)
-        before_memory = _before(held, None, ctx.order)
         to_memory = (1 - bent.square()).mul_(leave)
         to_enter = (1 - enter).mul_(enter).mul_(candidate)
-        to_stay = (1 - stay).mul_(stay).mul_(before_memory)
+        to_stay = (1 - stay).mul_(stay)
+        for layer, memory in _earlier(held, None, ctx.order):
+            to_stay[:, layer].mul_(0 if memory is None else memory)
         to_candidate = (1 - candidate.square()).mul_(enter)
         to_leave = (1 - leave).mul_(leave).mul_(bent)
         grads = room_like(opened)
         back, kept = torch.zeros_like(states[:, 0]), torch.zeros_like(states[:, 0])
-        for layer in reversed(ctx.order):
+        for layer, before in _earlier(states, first, ctx.order):
             arriving = back + grad[:, layer]
             kept = torch.addcmul(kept, arriving, to_memory[:, layer])
             step = grads[:, layer]
             for place, (one, other) in enumerate(((kept, to_enter), (kept, to_stay), (kept, to_candidate), (arriving, to_leave))):
                 torch.mul(one, other[:, layer], out=step[..., place * hidden : (place + 1) * hidden])
             kept = kept * stay[:, layer]
-            back = torch.bmm(step, weight)
-        of_bias = _of_matrix(ctx.into, grads, _before(states, first, ctx.order))
+            if before is not None:
+                back = torch.bmm(step, weight)
+        of_bias = _of_matrix(ctx.into, grads, states, first, ctx.order)
         return grads, None if first is None else back, None, of_bias, None
 
 
@@ -186,7 +192,10 @@ class _MinGRU(Function):
         for layer in reversed(ctx.order):
             torch.add(back, grad[:, layer], out=arrived[:, layer])
             back = arrived[:, layer] * left[:, layer]
-        of_gate = (candidate - _before(states, first, ctx.order)).mul_(arrived)
+        of_gate = candidate * arrived
+        for layer, before in _earlier(states, first, ctx.order):
+            if before is not None:
+                of_gate[:, layer].addcmul_(before, arrived[:, layer], value=-1)
         return of_gate, arrived.mul_(gate), None if first is None else back, None
 
 
