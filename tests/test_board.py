@@ -1,0 +1,49 @@
+"""What is seen while heads train: a bar with the leading heads below it, or plain lines; what tells heads apart."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from pipeline.board import Board, names
+from pipeline.config import Train
+from pipeline.show import Show
+from stages.tasks import find
+
+
+def line(epoch, score):
+    return {"epoch": epoch, "loss": 0.5, "choose": {"accuracy": score}, "lr": 0.1, "seconds": 1.0}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_leading_heads_stand_with_the_progress(tmp_path, terminal):
+    show, out = Show(), io.StringIO()
+    show.console = Console(file=out, force_terminal=terminal, width=160, soft_wrap=True, highlight=False, markup=False)
+    configs = [Train(store=tmp_path, lr=0.001 * n, epochs=2) for n in range(1, 9)]
+    with Board(show, configs, [find("sst2")] * 8, 100) as board:
+        for epoch in (1, 2):
+            board.seen(100)
+            for number in range(8):
+                board.told(number, line(epoch, 0.5 + (number * 3 % 8) / 20 if epoch == 1 else 0.1))
+    text = out.getvalue()
+    assert "leading heads" in text and "200/200" in text
+    last = text[text.rindex("leading heads") :]
+    best = sorted(range(8), key=lambda number: -(number * 3 % 8))[:5]
+    assert [n for n in range(8) if f"lr={configs[n].lr:g} " in last] == sorted(best)
+    assert "0.8500" in last  # its best, not its last
+
+
+def test_of_several_tasks_each_has_its_leader(tmp_path):
+    show, out = Show(), io.StringIO()
+    show.console = Console(file=out, width=160, soft_wrap=True)
+    configs = [Train(store=tmp_path, task=name, seed=seed) for name in ("sst2", "rte") for seed in range(6)]
+    with Board(show, configs, [find(config.task) for config in configs], 10) as board:
+        for number in range(12):
+            board.told(number, line(1, 0.9 if number < 6 else 0.5))
+    assert out.getvalue().count("\nrte") == out.getvalue().count("\nsst2") == 2
+
+
+def test_heads_are_told_apart_by_what_differs():
+    configs = [Train(lr=0.00123456, read={"dropout": 0.0}), Train(lr=0.1, read={"dropout": 0.5})]
+    assert names(configs) == ["lr=0.001235 read.dropout=0", "lr=0.1 read.dropout=0.5"]
+    assert names(configs[:1]) == ["one"]
