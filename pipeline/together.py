@@ -96,9 +96,9 @@ def open_all(configs: Sequence[Train], show: Show, seconds: dict[str, float]) ->
         track.check(config.track)
         for folder in ("runs/" + task.name, "logs"):
             writer.check_writable(config.store / folder)
-    stems = {config.task: task.name for config, task in zip(configs, tasks, strict=True)}
-    if len(set(stems.values())) < len(stems):
-        raise Refused(f"several tasks are called {max(stems.values(), key=list(stems.values()).count)!r}: give each a `name:`")
+    called = {config.task: task.name for config, task in zip(configs, tasks, strict=True)}
+    if len(set(called.values())) < len(called):
+        raise Refused(f"several tasks are called {max(called.values(), key=list(called.values()).count)!r}: give each a `name:`")
     opened: dict[str, Opened] = {}
     asked = []
     for config, task in zip(configs, tasks, strict=True):

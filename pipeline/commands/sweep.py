@@ -74,6 +74,7 @@ def _train(
     missing = list({each.key: each for each in asked if not _there(each, known, show)}.values())
     if len(missing) < len(asked):
         show.line(f"{len(asked) - len(missing):,} of {len(asked):,} heads are trained already")
+    missing.sort(key=lambda each: each.stream)  # a pass is of one stream, as far as can be
     for begin in range(0, len(missing), config.width):
         part = missing[begin : begin + config.width]
         for each, document in zip(part, together.train(part, show, seconds), strict=True):
