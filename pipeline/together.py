@@ -150,6 +150,9 @@ def _pass(asked: list[Asked], show: Show, seconds: dict[str, float]) -> list[dic
     board = Board(show, [each.config for each in asked], [each.opened.task for each in asked], len(loaded.fit))
     with clock(seconds, "train"), board:
         fitted = fitting.fit(learners, opened, loaded, first.seed, board.told, board.seen)
+    for name, one in zip(board.names, fitted, strict=True):
+        if one.outcome.lost and one.metrics:
+            show.line(f"{name}: the loss was no number in epoch {one.outcome.lost}; epoch {one.outcome.epoch} is kept; lower LR")
     return [
         saved(each, one, plain[_labels(each)], loaded, seconds, access.how, len(asked))
         for each, one in zip(asked, fitted, strict=True)
@@ -195,6 +198,7 @@ def saved(
         "metrics": fitted.metrics,
         **plain,
         "best_epoch": fitted.outcome.epoch,
+        "lost_epoch": fitted.outcome.lost or None,
         "choose": curve[fitted.outcome.epoch - 1]["choose"],
         "trainable_parameters": sum(parameters.values()),
         "parameters": parameters,

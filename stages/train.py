@@ -65,6 +65,8 @@ class Trained(NamedTuple):
     """of the best epoch, on the CPU"""
     curve: list[dict[str, Any]]
     """a line an epoch: loss, score on the choosing part, learning rate, seconds since training began"""
+    lost: int = 0
+    """the epoch in which its loss was no number, and training stopped; 0 for none"""
 
 
 class _Group:
@@ -149,6 +151,7 @@ def train(
             for m, number in enumerate(group.which):
                 learner, schedule, outcome = learners[number], group.schedules[m], outcomes[number]
                 if not (math.isfinite(losses[m]) and finite[m]):
+                    outcomes[number] = outcome._replace(lost=epoch)
                     continue
                 found = score(learner.task, words[m], learner.labels)
                 seconds = time.perf_counter() - begun

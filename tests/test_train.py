@@ -144,9 +144,22 @@ def test_a_loss_that_explodes_ends_a_head_and_takes_no_other_with_it(learnable):
     assert [outcome.epoch for outcome in run(learnable, learner(learnable, wild))[1]] == [0]
     _, (lost, fine) = run(learnable, learner(learnable, wild), learner(learnable, calm))
     _, (alone,) = run(learnable, learner(learnable, calm))
-    assert lost.epoch == 0 and not lost.weights and fine.epoch == alone.epoch
+    assert (lost.epoch, lost.lost, fine.lost) == (0, 1, 0) and not lost.weights and fine.epoch == alone.epoch
     for name, value in alone.weights.items():
         torch.testing.assert_close(fine.weights[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_one_that_is_lost_later_keeps_its_best_epoch_and_says_where_it_was_lost(learnable, monkeypatch):
+    steps, losses = [], Stack.losses
+
+    def breaks(stack, *rest):
+        steps.append(1)
+        return losses(stack, *rest) * (float("nan") if len(steps) > 30 else 1)  # in the third epoch of 12 steps each
+
+    monkeypatch.setattr(Stack, "losses", breaks)
+    _, (outcome,) = run(learnable, learner(learnable, Schedule(epochs=6, lr=0.02)))
+    assert outcome.lost == 3 and outcome.epoch in (1, 2) and len(outcome.curve) == 2
+    assert all(value.isfinite().all() for value in outcome.weights.values())
 
 
 def test_the_rate_warms_up_and_falls_to_nothing():
