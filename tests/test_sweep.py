@@ -245,7 +245,8 @@ def test_heads_that_diverge_take_no_other_with_them(capfd, said, tmp_path):
 
 
 def test_tasks_of_one_name_are_refused(capfd, said, tmp_path):
-    about = "files: {train: train.jsonl, validation: validation.jsonl}\ntext: text\nkind: classification\nclasses: [a, b]\n"
+    about = "files: {train: train.jsonl, validation: validation.jsonl}\ntext: text\nlabel: label\n"
+    about += "kind: classification\nclasses: [a, b]\n"
     for folder in ("one", "two"):
         write_rows(tmp_path / folder / "train.jsonl", [{"text": "good", "label": 0}])
         write_rows(tmp_path / folder / "validation.jsonl", [{"text": "good", "label": 0}])

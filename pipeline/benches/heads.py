@@ -74,7 +74,7 @@ def heads(config: Bench, show: Show) -> dict[str, Any]:
     if Path("/proc/self/clear_refs").exists():
         beyond = [_apart(_beyond, config, task, count) for count in (1, MANY)]
         ratios[f"memory{MANY}_over_one"] = beyond[1] / beyond[0]
-        rows.append({"bench": "memory", "heads": [1, MANY], "bytes": beyond})
+        rows.append({"bench": "heads_memory", "heads": [1, MANY], "bytes": beyond})
         show.line(f"beyond parameters, gradients and moments, all tokens, gru {NARROW}: {size(beyond[0])} of one head, "
                   f"{size(beyond[1])} of {MANY}")  # fmt: skip
     else:
