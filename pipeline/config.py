@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from stages.tasks import explain
+from stages.tasks import explain, written
 from store.errors import Refused
 
 Count = Annotated[int, Field(ge=1)]
@@ -312,12 +312,7 @@ def _explain(error: ValidationError, model: type[_Frozen]) -> str:
 
 
 def _file(path: Path) -> dict[str, Any]:
-    try:
-        said = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise Refused(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    said = written(path, "--config ")
     if not isinstance(said, dict):
         raise Refused(f"--config {path} holds no fields")
     return {str(name): value for name, value in said.items()}

@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from pipeline import opening
 from pipeline.board import in_words
 from pipeline.config import Sweep, Train, explained
+from stages.tasks import written
 from store.errors import Refused
 
 FIXED = {
@@ -59,12 +58,7 @@ Grid = dict[str, list[Any] | Range]
 
 def read(path: Path) -> list[Grid]:
     """The grids of a file. Raises Refused for what is no grid, and for options that are not there."""
-    try:
-        said = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise Refused(f"GRID={path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"GRID={path} is not YAML: {' '.join(str(error).split())}") from None
+    said = written(path, "GRID=")
     grids = said if isinstance(said, list) else [said]
     if not grids or not all(isinstance(grid, dict) and grid for grid in grids):
         raise Refused(f"GRID={path} holds no options; write for example `lr: [0.001, 0.003]`")

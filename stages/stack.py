@@ -104,27 +104,29 @@ class Stack:
 
     def _states(self, batch: Batch) -> Tensor:
         """What the output layer reads: corrected, standardised, pooled. (M, B, D)."""
-        read, depths = self.like.read, self.like.depths
+        read = self.like.read
         if isinstance(read, Joined):
             assert batch.decoder is not None
             return self._corrected("read.decoder", read.decoder, batch.decoder, self._heard(read, batch), batch, pooled=False)
         if isinstance(read, READ):
             rows, picked = self._picked(batch)
             return self._corrected("read", read, rows, None, batch, pooled=not picked)
-        names = [name for name in self.values if name.startswith("read.")]
-        own = zip(*(self.values[name].unbind() for name in names), strict=True) if names else [()] * len(self)
-        rows, picked = self._picked(batch)
-        each = [
-            functional_call(read, {n.removeprefix("read."): v for n, v in zip(names, mine, strict=True)}, (rows, depths))
-            for mine in own
+        own = [
+            dict(zip(self.values, values, strict=True))
+            for values in zip(*(v.unbind() for v in self.values.values()), strict=True)
         ]
-        states = (torch.stack(each) - self.buffers["centre"][:, None]) / self.buffers["spread"][:, None]
-        return states if picked else self._pool(states, batch)
+        return torch.stack([self._one(values, head, batch) for head, values in enumerate(own or [{}] * len(self))])
+
+    def _one(self, values: dict[str, Tensor], head: int, batch: Batch) -> Tensor:
+        """(B, D) of one head, through its own modules. values: its parameters."""
+        read, pool = ({n[5:]: v for n, v in values.items() if n.startswith(part)} for part in ("read.", "pool."))
+        states = functional_call(self.like.read, read, (batch.rows, self.like.depths))
+        states = (states - self.buffers["centre"][head]) / self.buffers["spread"][head]
+        pooled: Tensor = functional_call(self.like.pool, pool, (states, batch))
+        return pooled
 
     def _picked(self, batch: Batch) -> tuple[Tensor, bool]:
         """The rows that the head reads (n, S, D), and whether they are one an example already."""
-        if batch.decoder is not None:
-            return batch.decoder, True
         if len(batch.rows) == len(batch.start):
             return batch.rows, True
         if self.like.pool.kind == "first":
@@ -145,7 +147,7 @@ class Stack:
             query = self.values["pool.query"]
             return attend(a, weight, bias, final, gain, query, batch.example, len(batch.start))
         if pooled:
-            a, final = self._pool(a, batch), self._pool(final, batch)
+            a, final = self._mean(a, batch), self._mean(final, batch)
         return torch.addcmul(final, gain[:, None], linear(a, weight, bias))
 
     def _heard(self, read: Joined, batch: Batch) -> Tensor:
@@ -213,18 +215,14 @@ class Stack:
         forth, *back = torch.split(states, read.hidden, 3)
         return torch.cat([forth[:, -1], *(state[:, 0] for state in back)], 2)
 
-    def _pool(self, values: Tensor, batch: Batch) -> Tensor:
-        """The mean over an example's rows, or by attention: (M, r, X) -> (M, B, X). `first` and `last` are picked before."""
+    @staticmethod
+    def _mean(values: Tensor, batch: Batch) -> Tensor:
+        """The mean over an example's rows: (M, r, X) -> (M, B, X)."""
         rows, count = len(batch.rows), len(batch.start)
-        here = torch.arange(rows, device=values.device)
-        if self.like.pool.query is None:
-            mean = values.new_zeros(count, rows)
-            mean[batch.example, here] = (1 / torch.bincount(batch.example, minlength=count))[batch.example]
-            return torch.matmul(mean, values)
-        scores = torch.bmm(torch.tanh(values), self.values["pool.query"][:, :, None])[..., 0]  # (M, r)
-        over = scores.new_full((len(self), count, rows), -torch.inf)
-        over[:, batch.example, here] = scores
-        return torch.bmm(over.softmax(2), values)  # over an example's rows
+        mean = values.new_zeros(count, rows)
+        each = 1 / torch.bincount(batch.example, minlength=count)
+        mean[batch.example, torch.arange(rows, device=values.device)] = each[batch.example]
+        return torch.matmul(mean, values)
 
 
 def stacks(heads: Sequence[Head], shapes: Sequence[Shape], seeds: Sequence[int]) -> list[tuple[list[int], Stack]]:

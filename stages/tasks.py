@@ -185,13 +185,18 @@ def find(name: str) -> Task:
     raise Refused(f"unknown task {name!r}; known: {', '.join(TASKS)}; or the path of a .yaml file of your own")
 
 
-def _read(path: Path) -> Task:
+def written(path: Path, called: str) -> Any:
+    """What a YAML file says. called: what a message begins with. Raises Refused in one line where it does not read."""
     try:
-        text = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except OSError as error:
-        raise Refused(f"task file {path}: {error.strerror}") from None
+        raise Refused(f"{called}{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"task file {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise Refused(f"{called}{path} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _read(path: Path) -> Task:
+    text = written(path, "task file ")
     if not isinstance(text, dict):
         raise Refused(f"task file {path} holds no fields; known: {', '.join(_File.model_fields)}")
     try:

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline import grid, propose, runs, together
 from pipeline.board import in_words
-from pipeline.config import Sweep
+from pipeline.config import Sweep, Train
 from pipeline.show import Show, duration
 from store import writer
 from store.errors import Damaged, Refused
@@ -96,7 +96,7 @@ def _there(each: together.Asked, known: dict[str, dict[str, Any]], show: Show) -
     return True
 
 
-def _streamed(config: Sweep, setting: dict[str, Any]) -> Any:
+def _streamed(config: Sweep, setting: dict[str, Any]) -> Train:
     """The training of a setting, on the stream that all of them share."""
     made = grid.training(config, setting)
     if made.schedule.stream_seed is None:
