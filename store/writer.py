@@ -1,94 +1,139 @@
 """Build a cache beside, chunk by whole chunk, and publish it in one stroke.
 
-    <root>/building/<fingerprint>/<unique>/cache/      becomes <root>/caches/<fingerprint> by one rename
-    <root>/building/<fingerprint>/<unique>/receipts/   a file a finished chunk: what resuming trusts, once re-checked
-    <root>/building/<fingerprint>/<unique>.lock        held while the builder lives; advice only
+    <root>/building/<fingerprint>/<unique>/cache/         becomes <root>/caches/<fingerprint> by one rename
+    <root>/building/<fingerprint>/<unique>/receipts/      a file a finished chunk: what resuming trusts, once re-checked
+    <root>/building/<fingerprint>/<unique>/builder.json   whose it is, renewed while the builder lives
 
-A builder that died leaves its folder; the next one with the same fingerprint takes it over by renaming it and goes on
-at the first missing chunk. Two builders at once work in folders of their own, and one of them publishes.
+Every builder has a folder of its own, so that none can harm another, alive or not. What another has finished it takes over as
+links, chunk by chunk, each checked against its receipt; the folders of those that are gone it removes then.
 """
 
+import contextlib
 import json
-import os
 import secrets
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
-from filelock import FileLock, Timeout
 
-from store import files, layout, manifest
-from store.errors import Refused
+from store import files, layout, leases, manifest
+from store.compare import Difference, difference
+from store.errors import Damaged, Refused
 from store.files import Receipt
 from store.layout import Array
+from store.leases import Lease
 from store.manifest import Manifest
+
+BUILDER = "builder.json"
+
+
+class Vanished(Exception):
+    """A builder's folder was cleaned away while it was thought to be gone: build again, what is published is not concerned."""
+
+
+class Published(NamedTuple):
+    """A cache that is there now."""
+
+    path: Path | str
+    differs: Difference | None = None
+    """how another's, which came first, differs from the one that was built"""
 
 
 def check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be made or written, before any work."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make(folder, sync=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise Refused(f"{folder} cannot be written ({error.strerror}); choose another STORE or see to its rights") from None
+        raise Refused(
+            f"{folder} cannot be written ({error.strerror}); choose another STORE or see to its rights; "
+            f"STORE=<yours>,<this one> reads here and writes there"
+        ) from None
+
+
+class Building(NamedTuple):
+    """A builder's folder."""
+
+    folder: Path
+    lease: Lease | None
+    origin: str
+    """what fixes its last bits beside the recipe: chunks of builders that differ in it are not mixed"""
+
+    def told(self, done: int, total: int) -> None:
+        """Say how far it is, with the next heartbeat."""
+        if self.lease:
+            self.lease.told |= {"done": done, "total": total}
 
 
 @contextmanager
-def building(root: Path, fingerprint: str) -> Iterator[Path]:
-    """The folder to build this cache in: a dead builder's, or a new one. It stays where it is on failure."""
-    here = root / "building" / fingerprint
-    here.mkdir(parents=True, exist_ok=True)
-    folder, lock = _take_over(here) or _fresh(here)
+def building(root: Path, fingerprint: str, origin: str = "", lease: Path | None = None) -> Iterator[Building]:
+    """A new folder to build this cache in; gone at the end. On failure it stays, for the next builder to take over.
+
+    lease: that is held, kept fresh as well. Raises Vanished where the folder was cleaned away meanwhile.
+    """
+    folder = root / "building" / fingerprint / secrets.token_hex(8)
+    files.make(root, sync=True)
+    files.make(folder)
     try:
-        yield folder
-    finally:
-        lock.release()
-        if not folder.exists():
-            Path(lock.lock_file).unlink(missing_ok=True)
-            # refuses by itself while another builder is still at work in there
-            _remove_if_empty(here)
-
-
-def _fresh(here: Path) -> tuple[Path, FileLock]:
-    folder = here / secrets.token_hex(8)
-    lock = FileLock(f"{folder}.lock")
-    lock.acquire()
-    folder.mkdir()
-    return folder, lock
-
-
-def _take_over(here: Path) -> tuple[Path, FileLock] | None:
-    for old in sorted(path for path in here.iterdir() if path.is_dir()):
-        held = FileLock(f"{old}.lock")
-        try:
-            held.acquire(blocking=False)
-        except Timeout:
-            continue
-        mine = here / secrets.token_hex(8)
-        lock = FileLock(f"{mine}.lock")
-        lock.acquire()
-        try:
-            old.rename(mine)  # one of several takers succeeds, whatever the lock is worth on this file system
-        except OSError:
-            lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
-            continue
-        finally:
-            held.release()
-            Path(held.lock_file).unlink(missing_ok=True)
-        return mine, lock
-    return None
-
-
-def _remove_if_empty(folder: Path) -> None:
-    try:
-        folder.rmdir()
+        held = Lease(*([lease] if lease else []), needed=folder / BUILDER)
     except OSError:
-        pass
+        files.remove(folder)
+        raise
+    try:
+        yield Building(folder, held, origin)
+    except BaseException as error:
+        robbed = not (folder / BUILDER).exists()
+        held.close(folder / BUILDER)
+        if robbed:  # what was written since is all that there is
+            _away(folder)
+            if isinstance(error, OSError | Vanished):
+                raise Vanished(str(error)) from error
+        raise
+    held.close()
+    _away(folder)
+
+
+def _away(folder: Path) -> None:
+    files.remove(folder)
+    with contextlib.suppress(OSError):  # refuses by itself while another builder is still at work in there
+        folder.parent.rmdir()
+
+
+def take_over(mine: Building, chunks: Mapping[int, Collection[str]]) -> dict[int, dict[str, Receipt]]:
+    """Chunks that other builders of the same have finished, linked into our folder; their receipts. What is gone is removed.
+
+    chunks: the paths of each chunk's files.
+    """
+    found: dict[int, dict[str, Receipt]] = {}
+    for other in sorted(path for path in mine.folder.parent.iterdir() if path.is_dir() and path != mine.folder):
+        for number, paths in chunks.items():
+            if number not in found and (receipts := finished(other, number, paths, mine.origin)) is not None:
+                try:
+                    for place in receipts:
+                        files.link(other / "cache" / place, mine.folder / "cache" / place)
+                    _receipt(mine.folder, number, receipts, mine.origin)
+                except FileNotFoundError:  # cleaned away under our hands
+                    break
+                found[number] = receipts
+        clean(other)
+    return found
+
+
+def clean(folder: Path) -> bool:
+    """Remove the folder of a builder that is gone; whether it was."""
+    holder = leases.read(folder / BUILDER)
+    try:
+        idle = files.now(folder.parent) - folder.stat().st_mtime
+    except OSError:
+        return False
+    if holder.alive if holder else idle < leases.EXPIRES:
+        return False
+    _away(folder)
+    return True
 
 
 def write_object(folder: Path, path: str, data: np.ndarray, array: Array) -> Receipt:
@@ -103,7 +148,9 @@ def write_object(folder: Path, path: str, data: np.ndarray, array: Array) -> Rec
     return files.put(folder / "cache" / path, block, check)
 
 
-def write_chunk(folder: Path, number: int, data: Mapping[str, np.ndarray], arrays: Mapping[str, Array]) -> dict[str, Receipt]:
+def write_chunk(
+    folder: Path, number: int, data: Mapping[str, np.ndarray], arrays: Mapping[str, Array], origin: str = ""
+) -> dict[str, Receipt]:
     """Write every array's file of one chunk, whole, then the receipt that says so; returns the receipts by path.
 
     data: array path -> (rows of this chunk, S, …), or all C rows, which spares a copy. One fsync a file: names become durable
@@ -113,20 +160,30 @@ def write_chunk(folder: Path, number: int, data: Mapping[str, np.ndarray], array
     for path, block in data.items():
         place = layout.chunk_path(path, number, len(arrays[path].shape))
         receipts[place] = write_object(folder, place, block, arrays[path])
-    files.put(folder / "receipts" / f"{number}.json", json.dumps(receipts).encode(), sync=False)
+    _receipt(folder, number, receipts, origin)
     return receipts
 
 
-def finished(folder: Path, number: int) -> dict[str, Receipt] | None:
-    """A chunk's receipts if its files are there and are what the receipts say; None if it is to be built."""
+def _receipt(folder: Path, number: int, receipts: dict[str, Receipt], origin: str) -> None:
+    text = json.dumps({"origin": origin, "objects": receipts}).encode()
+    files.put(folder / "receipts" / f"{number}.json", text, sync=False)
+
+
+def finished(folder: Path, number: int, paths: Collection[str], origin: str = "") -> dict[str, Receipt] | None:
+    """A chunk's receipts if they are of these very files, which are there and as they say, and of that origin; None if it is to
+    be built."""
     try:
-        text = json.loads((folder / "receipts" / f"{number}.json").read_bytes())
-        receipts = {path: Receipt(*item) for path, item in text.items()}
-        good = all(
-            (folder / "cache" / path).stat().st_size == item.size and files.sha256(folder / "cache" / path) == item.sha256
-            for path, item in receipts.items()
+        told = json.loads((folder / "receipts" / f"{number}.json").read_bytes())
+        receipts = {path: Receipt(*item) for path, item in told["objects"].items()}
+        good = (
+            told["origin"] == origin
+            and receipts.keys() == set(paths)
+            and all(
+                (folder / "cache" / path).stat().st_size == item.size and files.sha256(folder / "cache" / path) == item.sha256
+                for path, item in receipts.items()
+            )
         )
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
     return receipts if good else None
 
@@ -147,31 +204,37 @@ def write_table(folder: Path, path: str, data: np.ndarray, array: Array) -> dict
     }
 
 
-def publish(root: Path, folder: Path, done: Manifest) -> Path:
-    """Make the built cache visible in one stroke; returns its path. The loser of a race keeps the winner's."""
+def publish(root: Path, folder: Path, done: Manifest) -> Published:
+    """Make the built cache visible in one stroke. The loser of a race keeps the winner's, and says how much they differ.
+
+    Raises Vanished where the folder was cleaned away.
+    """
     cache = folder / "cache"
     expected, there = set(done.objects), {str(p.relative_to(cache)) for p in cache.rglob("*") if p.is_file()}
     for extra in there - expected:  # a torn `.part` of a killed write
         (cache / extra).unlink()
-    assert expected <= there, expected - there
+    if expected - there:
+        raise Vanished(f"{folder} lacks {len(expected - there)} of its files")
     files.put(cache / manifest.NAME, manifest.dump(done))
     for path in [*(p for p in cache.rglob("*") if p.is_dir()), cache]:
         files.sync_folder(path)
     target = root / "caches" / done.fingerprint
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.rename(cache, target)
-    except OSError:
-        if not target.is_dir():
-            raise
-        winner = manifest.load(target)
-        if winner.objects != done.objects:
-            differ = sum(winner.objects.get(path) != item for path, item in done.objects.items())
-            raise Refused(
-                f"{target} was published meanwhile by another extraction, and {differ} of {len(done.objects)} of its files "
-                f"differ from those built here in {folder} (other hardware or libraries); the published cache stays: "
-                f"run again to use it"
-            ) from None
+    files.make(target.parent)
+    files.sync_folder(root)  # where `caches` is new
+    differs = None
+    while True:
+        try:
+            files.rename(cache, target)
+            break
+        except OSError:
+            if not target.is_dir():
+                raise
+        try:
+            differs = difference(target, cache)
+            break
+        except Damaged:
+            if target.exists():
+                raise
+            # it went to the trash meanwhile: ours, then
     files.sync_folder(target.parent)
-    shutil.rmtree(folder)
-    return target
+    return Published(target, differs)
