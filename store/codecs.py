@@ -50,6 +50,9 @@ class Codec(NamedTuple):
     """(r, S, D) float32 -> arrays"""
     decode: Callable[[Arrays, int], np.ndarray]
     """arrays and D -> (r, S, D) float32"""
+    tolerance: float
+    """how far a state may be off, relative to its norm, that other hardware or another batch computed: last bits of float32,
+    which may move a number to the codec's next step"""
 
     def state_bytes(self, width: int) -> int:
         """What a state takes on disk, in bytes. width: D."""
@@ -113,11 +116,13 @@ CODECS: dict[str, Codec] = {
         {"values": Stored("<f4", lambda width: width, "float32")},
         lambda states: {"values": np.ascontiguousarray(states, "<f4")},
         lambda arrays, _: arrays["values"].astype(np.float32, copy=False),
+        1e-3,
     ),
     "bf16": Codec(
         {"values": Stored("<u2", lambda width: width, "bfloat16 bits: the upper 16 bits of a float32, rounded to nearest even")},
         lambda states: {"values": _bf16_bits(states)},
         lambda arrays, _: _from_bf16_bits(arrays["values"]),
+        1e-2,
     ),
     "int8": Codec(
         {
@@ -126,6 +131,7 @@ CODECS: dict[str, Codec] = {
         },
         _int8_encode,
         lambda arrays, _: arrays["values"].astype(np.float32) * arrays["scales"],
+        2e-2,
     ),
     "int4": Codec(
         {
@@ -139,6 +145,7 @@ CODECS: dict[str, Codec] = {
         },
         _int4_encode,
         _int4_decode,
+        0.2,
     ),
 }
 

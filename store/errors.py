@@ -7,3 +7,11 @@ class Refused(Exception):
 
 class Damaged(Refused):
     """A cache whose bytes are not those that were published."""
+
+
+def damaged(cache: object, place: str, what: str) -> Damaged:
+    """An object of a cache that is not what was published."""
+    return Damaged(
+        f"damaged cache: {cache}/{place}: {what}; `readcache repair` with the options that extracted it mends it, "
+        f"or remove {cache} and extract again"
+    )

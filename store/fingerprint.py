@@ -27,6 +27,18 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
+def parse(text: bytes) -> Any:
+    """The value of a JSON text. Raises ValueError where a key is there twice: readers would differ in which one they believe."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError(f"a key is there twice among {', '.join(sorted(found))[:80]}")
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
+
+
 def fingerprint(recipe: dict[str, Any]) -> str:
     """sha256 of the recipe's canonical JSON, 64 hex digits."""
     return hashlib.sha256(canonical(recipe)).hexdigest()

@@ -16,6 +16,7 @@ Chunks are raw little-endian bytes in C order followed by their crc32c (4 bytes)
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -37,6 +38,8 @@ CROSS_ATTENTION = "encoder/cross_attention"
 WORDS = "words/embedding"
 TABLES = ("examples/", "words/")
 """what is small, and not of a stream"""
+MOST_UNPACKED = 1 << 30
+"""of a compressed chunk, in bytes: what says that it becomes more is not believed"""
 FLAT_CHUNK = 1 << 22
 """items of one chunk of the arrays under examples/"""
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
@@ -68,14 +71,20 @@ class Array(NamedTuple):
     compressed: bool = False
     """by blosc"""
 
+    def raw_bytes(self) -> int:
+        """The size of one chunk's numbers, in bytes; exact, however large they say they are."""
+        return math.prod(self.chunks) * np.dtype(self.dtype).itemsize
+
     def chunk_bytes(self) -> int:
         """The size of one chunk file, in bytes; of a compressed one, at most."""
-        raw = int(np.prod(self.chunks)) * np.dtype(self.dtype).itemsize
+        raw = self.raw_bytes()
         return raw + CRC_BYTES + (MAX_OVERHEAD if self.compressed else 0)
 
     def fits(self, size: int) -> bool:
         """Whether a chunk file may have that size, in bytes."""
-        return CRC_BYTES < size <= self.chunk_bytes() if self.compressed else size == self.chunk_bytes()
+        if self.compressed:
+            return CRC_BYTES < size <= self.chunk_bytes() and self.raw_bytes() <= MOST_UNPACKED
+        return size == self.chunk_bytes()
 
     def chunk_count(self) -> int:
         """Chunks lie along the first axis only."""
@@ -190,11 +199,16 @@ def compress(block: np.ndarray) -> bytes:
     return bytes(Blosc("zstd", _LEVEL, BITSHUFFLE, typesize=block.dtype.itemsize).encode(block))
 
 
-def decode(metadata: bytes, number: int, chunk: bytes) -> np.ndarray:
+def decode(metadata: bytes, array: Array, number: int, chunk: bytes) -> np.ndarray:
     """A chunk file's numbers, as zarr reads them from an array's zarr.json and this file, checksum included.
 
     Given the file's bytes, since to zarr a missing one reads as zeros, in every version. Raises ValueError or RuntimeError.
     """
+    if array.compressed:
+        # blosc makes room for what its header says, and reads as far as it says, whatever is there
+        told = [int.from_bytes(chunk[begin : begin + 4], "little") for begin in (4, 12)]
+        if told != [array.raw_bytes(), len(chunk) - CRC_BYTES]:
+            raise ValueError(f"blosc's header tells of {told[1]} bytes that become {told[0]}, and these are other numbers")
     place = chunk_path("array", number, len(json.loads(metadata)["shape"]))
     held = {"array/zarr.json": metadata, place: chunk}
     memory = MemoryStore({path: cpu.Buffer.from_bytes(data) for path, data in held.items()}, read_only=True)

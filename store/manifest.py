@@ -3,20 +3,26 @@
 A manifest holds nothing of when, where or by whom, so that the same recipe gives the same bytes.
 """
 
+import errno
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from store.errors import Damaged
+from store.errors import Damaged, Refused
 from store.files import Receipt
-from store.fingerprint import canonical, fingerprint
+from store.fingerprint import canonical, fingerprint, parse
 from store.layout import FORMAT
 from store.objects import Folder, Objects
 
 NAME = "manifest.json"
+MOST = 256 << 20
+"""of a manifest, in bytes: one of a million objects is smaller"""
 _DIGITS = 64
+_PATH = re.compile(r"(?:(?!\.\.?(?:/|$))[A-Za-z0-9_.%~-]{1,255}/)*(?!\.\.?$)[A-Za-z0-9_.%~-]{1,255}")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class Manifest(NamedTuple):
@@ -30,6 +36,10 @@ class Manifest(NamedTuple):
     """examples, rows (kept tokens), tokens"""
     objects: dict[str, Receipt]
     """every file but the manifest: path -> size in bytes, sha256"""
+    reused: tuple[tuple[str, int], ...] = ()
+    """caches from which rows were copied, and of how many examples: `examples/copied_from` says which"""
+    write: str = ""
+    """in an object store, where nothing can be renamed: whose objects these are, <root>/objects/<fingerprint>/<write>/"""
 
     @property
     def fingerprint(self) -> str:
@@ -52,8 +62,17 @@ def dump(manifest: Manifest) -> bytes:
         "counts": manifest.counts,
         "objects": {path: {"size": r.size, "sha256": r.sha256} for path, r in sorted(manifest.objects.items())},
     }
+    if manifest.reused:
+        body["reused"] = [{"fingerprint": cache, "examples": count} for cache, count in manifest.reused]
+    if manifest.write:
+        body["write"] = manifest.write
     body["digest"] = hashlib.sha256(canonical(body)).hexdigest()
     return (json.dumps(body, indent=1, ensure_ascii=True) + "\n").encode()
+
+
+def plain(path: str) -> bool:
+    """Whether a path stays in its cache and is written as this format writes paths: no `..`, no root, no link's name."""
+    return _PATH.fullmatch(path) is not None
 
 
 def attributes(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -69,24 +88,62 @@ def planned(recipe: dict[str, Any], about: dict[str, Any], counts: dict[str, int
 def load(where: Path | Objects) -> Manifest:
     """Read a cache's manifest. Raises Damaged where it is missing, altered in any byte, or of another format."""
     held = Folder(where) if isinstance(where, Path) else where
-    path = f"{held}/{NAME}"
-    again = f"remove {held} and extract again"
     try:
-        text = held.read(NAME)
-        body = json.loads(text)
-        told = body["format"]
-        if told == FORMAT:
-            objects = {place: Receipt(item["size"], item["sha256"]) for place, item in body["objects"].items()}
-            found = Manifest(body["recipe"], body["about"], body["counts"], objects)
-            same = dump(found) == text
+        text = held.read(NAME, MOST)
     except FileNotFoundError:
         raise Damaged(
-            f"{path} is missing: {held} is no cache (look at the path), or one that lost its manifest; then {again}"
+            f"{held}/{NAME} is missing: {held} is no cache (look at the path), or one that lost its manifest; then remove {held} "
+            f"and extract again"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except ValueError as error:
+        raise Damaged(f"{held}/{NAME} is not a manifest ({error}); remove {held} and extract again") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Damaged(f"{held}/{NAME} is a link, and no manifest; remove {held} and extract again") from None
+        raise Refused(f"{held}/{NAME} cannot be read ({error.strerror}); see to its rights and its disk") from None
+    return parsed(text, str(held))
+
+
+def parsed(text: bytes, held: str) -> Manifest:
+    """A manifest from its text. held: the cache, for messages. Raises Damaged as `load` does."""
+    path, again = f"{held}/{NAME}", f"remove {held} and extract again"
+    try:
+        body = parse(text)
+        told = body["format"]
+        if told == FORMAT:
+            objects = {place: _object(place, item) for place, item in body["objects"].items()}
+            reused = tuple(_source(item["fingerprint"], item["examples"]) for item in body.get("reused", ()))
+            for part, kind in (("recipe", object), ("about", object), ("counts", int)):
+                if not isinstance(body[part], dict) or not all(isinstance(value, kind) for value in body[part].values()):
+                    raise ValueError(f"{part} is {str(body[part])[:80]}")
+            write = _write(body.get("write", ""))
+            found = Manifest(body["recipe"], body["about"], body["counts"], objects, reused, write)
+            same = dump(found) == text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path} is not a manifest ({type(error).__name__}: {error}); {again}") from None
     if told != FORMAT:
         raise Damaged(f"{path} has format {told!r}, this version reads {FORMAT}; use a matching readcache or {again}")
     if not same:
         raise Damaged(f"{path} was altered: its digest {str(body.get('digest'))[:12]}… is not that of its text; {again}")
     return found
+
+
+def _object(place: str, item: dict[str, Any]) -> Receipt:
+    if not plain(place):
+        raise ValueError(f"a path may not leave its cache, and {place[:80]!r} is none that this format writes")
+    size, digest = item["size"], item["sha256"]
+    if type(size) is not int or size < 0 or not _SHA256.fullmatch(digest):
+        raise ValueError(f"{place} has size {size!r} and sha256 {digest!r}")
+    return Receipt(size, digest)
+
+
+def _source(fingerprint: str, examples: int) -> tuple[str, int]:
+    if not _SHA256.fullmatch(fingerprint) or type(examples) is not int:
+        raise ValueError(f"rows of {examples!r} examples are said to be from {fingerprint!r}")
+    return fingerprint, examples
+
+
+def _write(name: str) -> str:
+    if not re.fullmatch("[0-9a-f]{0,32}", name):
+        raise ValueError(f"{name[:80]!r} is no name of a write")
+    return name

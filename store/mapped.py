@@ -6,6 +6,7 @@ disk that fails, while it is mapped ends the process: that is for local disks, a
 """
 
 import ctypes
+import errno
 import math
 import mmap
 import os
@@ -48,9 +49,13 @@ class Mapped:
 
     def _map(self, number: int, path: Path) -> None:
         try:
-            handle = os.open(path, os.O_RDONLY)
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise self.bad(number, "there is no such file") from None
         except OSError as error:
-            raise self.bad(number, f"it cannot be read ({error.strerror})") from None
+            if error.errno == errno.ELOOP:
+                raise self.bad(number, "it is a link, and a path may not leave its cache") from None
+            raise Refused(f"{path} cannot be read ({error.strerror}); see to its rights and its disk") from None
         try:
             found = os.fstat(handle).st_size
             if found != self.size:  # past a file's end there is no page: touching it ends the process

@@ -4,9 +4,10 @@ Opening checks every object of the manifest for presence and size and the small 
 checked before its first use. A missing or altered byte raises Damaged; it never reads as zeros.
 """
 
+import errno
 import hashlib
-import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -16,21 +17,23 @@ from typing import Any, TypeVar
 import google_crc32c
 import numpy as np
 
-from store import layout, manifest
+from store import layout, manifest, metadata
 from store.codecs import codec
-from store.errors import Damaged, Refused
+from store.errors import Refused, damaged
 from store.layout import Array
 from store.manifest import Manifest
 from store.mapped import Mapped
 from store.objects import Folder, Objects, at
 
-_DTYPES = {"int8": "|i1", "uint8": "|u1", "uint16": "<u2", "int32": "<i4", "int64": "<i8", "float32": "<f4", "float64": "<f8"}
+_FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
 class Cache:
     """One published cache, open for reading. Threads may share it, workers may be forked with it or be sent it."""
 
-    def __init__(self, objects: Objects, described: Manifest, arrays: dict[str, Array]) -> None:
+    def __init__(self, where: Path | str, objects: Objects, described: Manifest, arrays: dict[str, Array]) -> None:
+        self.where = where
+        """as it was opened"""
         self.objects = objects
         self.manifest = described
         self.arrays = arrays
@@ -40,10 +43,10 @@ class Cache:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is mapped: another process maps for itself."""
-        return {"objects": self.objects, "manifest": self.manifest, "arrays": self.arrays}
+        return {"where": self.where, "objects": self.objects, "manifest": self.manifest, "arrays": self.arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["objects"], state["manifest"], state["arrays"])  # type: ignore[misc]
+        self.__init__(*state.values())  # type: ignore[misc]
 
     @property
     def path(self) -> Path:
@@ -60,7 +63,7 @@ class Cache:
     @cached_property
     def states(self) -> dict[str, list[str]]:
         """What each index of the state axis means, (S,), of each stream; the main stream comes first."""
-        found = {path.split("/")[0]: a.attributes["states"] for path, a in self.arrays.items() if _of_states(path)}
+        found = {path.split("/")[0]: a.attributes["states"] for path, a in self.arrays.items() if metadata.of_states(path)}
         return dict(sorted(found.items(), key=lambda item: item[0] == "decoder"))
 
     @property
@@ -93,8 +96,13 @@ class Cache:
 
     @cached_property
     def start(self) -> np.ndarray:
-        """(N,) int64: each example's first row."""
-        return self.table("start")
+        """(N,) int64: each example's first row. Raises Damaged where an example's rows are none of one chunk."""
+        start, rows = self.table("start"), self.chunk_rows(self.main)
+        end = start + self.length - 1
+        whole = (start >= 0) & (self.length >= 1) & (end < self.arrays[f"{self.main}/values"].shape[0])
+        if not (whole & (start // rows == end // rows)).all():
+            raise damaged(self.objects, "examples/start", "an example has rows that are not in one chunk")
+        return start
 
     @cached_property
     def length(self) -> np.ndarray:
@@ -103,7 +111,10 @@ class Cache:
 
     @cached_property
     def _one_row(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.table("decoder_row"), np.ones_like(self.length)
+        row = self.table("decoder_row")
+        if row.shape != self.length.shape or row.min() < 0 or row.max() >= self.arrays["decoder/values"].shape[0]:
+            raise damaged(self.objects, "examples/decoder_row", "an example has a row that is not there")
+        return row, np.ones_like(self.length)
 
     def place(self, stream: str) -> tuple[np.ndarray, np.ndarray]:
         """(N,) where each example's rows begin in a stream, and how many they are."""
@@ -205,7 +216,7 @@ class Cache:
         array = self.arrays[path]
         places = [layout.chunk_path(path, number, len(array.shape)) for number in range(array.chunk_count())]
         files_of = [self.path / place for place in places]
-        return Mapped(files_of, array, lambda number, what: _damaged(self.objects, places[number], what))
+        return Mapped(files_of, array, lambda number, what: damaged(self.objects, places[number], what))
 
     def _read(self, path: str, number: int, into: np.ndarray | None = None) -> np.ndarray:
         array = self.arrays[path]
@@ -215,72 +226,78 @@ class Cache:
             if path not in self._metadata:
                 self._metadata[path] = layout.metadata({path: array}, {})[f"{path}/zarr.json"]
             try:
-                data = _had(self.objects, place, self.objects.read)
+                most = self.manifest.objects[place].size
+                data = _had(self.objects, place, lambda place: self.objects.read(place, most))
                 _check_size(self.objects, place, len(data), self.manifest)
-                block = layout.decode(self._metadata[path], number, data)
+                block = layout.decode(self._metadata[path], array, number, data)
             except (ValueError, RuntimeError) as error:
-                raise _damaged(self.objects, place, f"zarr does not read it ({error})") from None
+                raise damaged(self.objects, place, f"zarr does not read it ({error})") from None
             found[: len(block)] = block  # of a table's last chunk zarr gives what is in the table
             found[len(block) :] = 0
             return found
         told = _fill(self.objects, place, found)
         crc = google_crc32c.value(found).to_bytes(layout.CRC_BYTES, "little")
         if crc != told:
-            raise _damaged(self.objects, place, f"its crc32c is {crc.hex()}, it says {told.hex()}")
+            raise damaged(self.objects, place, f"its crc32c is {crc.hex()}, it says {told.hex()}")
         return found
 
 
 def open(where: Path | str) -> Cache:
     """Open a published cache, with all checks. where: its folder, or its address where it is remote (s3://…).
 
-    Raises Damaged where an object is missing, has another size, or (tables and metadata) another digest; Refused where an
-    address cannot be reached.
+    Raises Damaged where an object is missing, has another size, or (tables and metadata) another digest, and where the cache
+    lies under the fingerprint of another recipe; Refused where it is not there, or an address cannot be reached.
     """
     objects = at(where)
     described = manifest.load(objects)
+    if wrong := misplaced(where, described):
+        raise damaged(objects, manifest.NAME, wrong)
+    objects = objects.written(described.fingerprint, described.write) if described.write else objects
     try:
         there = objects.sizes()
     except OSError as error:
         raise Refused(f"{objects} cannot be listed ({error.strerror or error})") from None
     read: dict[str, bytes] = {}
     for place, receipt in described.objects.items():
-        if place.startswith("/") or ".." in place.split("/"):
-            raise _damaged(objects, place, "a path may not leave its cache")
         _check_size(objects, place, there.get(place), described)
-        if place.startswith(layout.TABLES) or place.endswith("zarr.json"):
-            if place.endswith("zarr.json"):
-                read[place] = _had(objects, place, objects.read)
-                found = hashlib.sha256(read[place]).hexdigest()
-            else:
-                found = _had(objects, place, objects.sha256)
-            if found != receipt.sha256:
-                raise _damaged(objects, place, f"its sha256 is {found[:12]}…, the manifest says {receipt.sha256[:12]}…")
-    told = {place: _array(objects, place, text) for place, text in read.items() if place.endswith("/zarr.json")}
-    arrays = {place.removesuffix("/zarr.json"): array for place, array in told.items() if array}
-    for place, array in layout.chunk_paths(arrays):
-        if place not in described.objects or not array.fits(described.objects[place].size):
-            raise _damaged(objects, place, f"the metadata ask for {array.chunk_bytes()} bytes, the manifest has none such")
-    return Cache(objects, described, arrays)
+        if place.endswith("zarr.json"):
+            read[place] = _had(objects, place, objects.read)
+            found = hashlib.sha256(read[place]).hexdigest()
+        elif place.startswith(layout.TABLES):
+            found = _had(objects, place, objects.sha256)
+        else:
+            continue
+        if found != receipt.sha256:
+            raise damaged(objects, place, f"its sha256 is {found[:12]}…, the manifest says {receipt.sha256[:12]}…")
+    return Cache(where, objects, described, metadata.arrays_of(objects, described, read))
+
+
+def misplaced(where: Path | str, described: Manifest) -> str | None:
+    """What is wrong with a cache that lies in a store under the name of another; None where it does not."""
+    above, name = ["", "", *str(where).rstrip("/").rsplit("/", 2)][-2:]
+    if above != "caches" or not _FINGERPRINT.fullmatch(name) or name == described.fingerprint:
+        return None
+    return f"its recipe is that of cache {described.fingerprint}, under another's name: move it there, or away"
 
 
 def _check_size(objects: Objects, place: str, size: int | None, described: Manifest) -> None:
     if size is None:
-        raise _damaged(objects, place, "there is no such file, or it is a link, and a path may not leave its cache")
+        raise damaged(objects, place, "there is no such file, or it is a link, and a path may not leave its cache")
     if size != described.objects[place].size:
-        raise _damaged(objects, place, f"it has {size} bytes, the manifest says {described.objects[place].size}")
+        raise damaged(objects, place, f"it has {size} bytes, the manifest says {described.objects[place].size}")
 
 
 def _fill(folder: Folder, place: str, into: np.ndarray) -> bytes:
     """Read a raw chunk file into an array, without a copy; returns the checksum behind it."""
-    try:
-        with (folder.path / place).open("rb", buffering=0) as file:
+
+    def fill(place: str) -> tuple[int, int, bytes]:
+        with folder.opened(place) as file:
             size = os.fstat(file.fileno()).st_size
-            got = file.readinto(into.reshape(-1).view(np.uint8).data)
-            told = file.read(layout.CRC_BYTES)
-    except OSError as error:
-        raise _damaged(folder, place, f"it cannot be read ({error.strerror})") from None
+            return size, file.readinto(into.reshape(-1).view(np.uint8).data), file.read(layout.CRC_BYTES)
+
+    size, got, told = _had(folder, place, fill)
     if size != into.nbytes + layout.CRC_BYTES or got != into.nbytes:
-        raise _damaged(folder, place, f"it has {size} bytes, the manifest says {into.nbytes + layout.CRC_BYTES}")
+        raise damaged(folder, place, f"it has {size} bytes, the manifest says {into.nbytes + layout.CRC_BYTES}")
     return told
 
 
@@ -292,40 +309,8 @@ def _had(objects: Objects, place: str, get: Callable[[str], T]) -> T:
     try:
         return get(place)
     except FileNotFoundError:
-        raise _damaged(objects, place, "there is no such file") from None
+        raise damaged(objects, place, "there is no such file") from None
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise damaged(objects, place, "it is a link, and a path may not leave its cache") from None
         raise Refused(f"{objects}/{place} cannot be read ({error.strerror}); see to its rights and its disk") from None
-
-
-def _of_states(path: str) -> bool:
-    """Whether an array at a path is the states of a stream: a column of the data set may be called `values` too."""
-    return path.endswith("/values") and not path.startswith(layout.TABLES)
-
-
-def _array(objects: Objects, place: str, metadata: bytes) -> Array | None:
-    """An array's metadata, of the kind that this format writes and no other; None for a group."""
-    try:
-        text = json.loads(metadata)
-        if text["node_type"] == "group":
-            return None
-        codecs = [item["name"] for item in text["codecs"]]
-        compressed = codecs == ["bytes", "blosc", "crc32c"]
-        keys = text["chunk_key_encoding"]["configuration"]["separator"]
-        known = compressed or codecs == ["bytes", "crc32c"]
-        if not known or (text["zarr_format"], keys) != (3, ".") or text["data_type"] not in _DTYPES:
-            raise _damaged(objects, place, f"format 1 has no {text['data_type']} with codecs {codecs} and keys {keys!r}")
-        shape, chunks = tuple(text["shape"]), tuple(text["chunk_grid"]["configuration"]["chunk_shape"])
-        names = tuple(text["dimension_names"])
-        found = Array(shape, chunks, _DTYPES[text["data_type"]], names, dict(text["attributes"]), compressed)
-        whole = all(isinstance(size, int) and size > 0 for size in (*shape, *chunks))
-        if not whole or not shape or not len(shape) == len(chunks) == len(names) or shape[1:] != chunks[1:]:
-            raise _damaged(objects, place, f"format 1 has no shape {shape} in chunks {chunks}, named {names}")
-        if _of_states(place.removesuffix("/zarr.json")) and len(found.attributes["states"]) != shape[1]:
-            raise _damaged(objects, place, f"{len(found.attributes['states'])} states are named, and {shape[1]} are stored")
-        return found
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise _damaged(objects, place, f"these are no Zarr v3 metadata ({type(error).__name__}: {error})") from None
-
-
-def _damaged(objects: Objects, place: str, what: str) -> Damaged:
-    return Damaged(f"damaged cache: {objects}/{place}: {what}; remove {objects} and extract again")
