@@ -1,0 +1,443 @@
+"""A store at s3://: real requests to a server that fails as real ones do."""
+
+import itertools
+import os
+import socket
+import threading
+from datetime import timedelta
+
+import pytest
+from test_commands import FAST, call, said  # noqa: F401
+from test_gc import kinds, nobody
+from test_objects import batches, everything, same
+from test_writer import Toy, content
+
+import store
+from pipeline import recipe
+from stages import extract
+from store import Damaged, Refused, bucket, catalog, gc, leases, manifest, pins, transfer, trash, verify
+from store.bucket import Bucket
+from store.catalog import Found
+
+pytest.importorskip("obstore", reason="the s3 extra is not installed")
+pytest.importorskip("moto.server", reason="moto's server is not installed")
+
+ROOT = "s3://bucket/team/store"
+
+
+class Faults:
+    """Between a client and the server: what it asks may fail before it is done, or its answer may be lost after."""
+
+    def __init__(self, application):
+        self.application, self.plan, self.seen = application, lambda method, path: None, []
+
+    def __call__(self, environ, start_response):
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        self.seen.append((method, path, environ.get("HTTP_IF_NONE_MATCH")))
+        fault = self.plan(method, path)
+        if fault == "500":
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("500 Internal Server Error", [("Content-Length", "0")])
+            return [b""]
+        answer = list(self.application(environ, start_response))
+        if fault == "lost":
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        return answer
+
+
+@pytest.fixture(scope="module")
+def server():
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Quiet(WSGIRequestHandler):
+        def log(self, *_):
+            pass
+
+    faults = Faults(DomainDispatcherApplication(create_backend_app))
+    made = make_server("127.0.0.1", 0, faults, threaded=True, request_handler=Quiet)
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{made.server_port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_REGION", "us-east-1")
+        quick = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
+        patch.setattr(bucket, "RETRY", {"max_retries": 3, "retry_timeout": timedelta(seconds=10), "backoff": quick})
+        yield faults
+    made.shutdown()
+    thread.join()
+
+
+@pytest.fixture
+def s3(server):
+    """An empty bucket; the server, whose faults can be planned."""
+    import urllib.request
+
+    def ask(method, path):
+        request = urllib.request.Request(
+            os.environ["AWS_ENDPOINT_URL"] + path, method=method, headers={"Authorization": AUTHORIZED}
+        )
+        urllib.request.urlopen(request).close()
+
+    server.plan = lambda method, path: None
+    ask("PUT", "/bucket")
+    held = Bucket("s3://bucket/")
+    held.delete(list(held.listing("")))
+    server.seen.clear()
+    yield server
+    server.plan = lambda method, path: None
+
+
+AUTHORIZED = "AWS4-HMAC-SHA256 Credential=testing/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=x"
+
+
+@pytest.fixture(params=["bf16", "int4+blosc"])
+def local(request, tmp_path):
+    toy = Toy(name=request.param)
+    toy.build(tmp_path / "local")
+    return toy
+
+
+@pytest.fixture
+def toy(tmp_path):
+    found = Toy()
+    found.build(tmp_path / "local")
+    return found
+
+
+def path_of(toy, tmp_path):
+    return toy.path(tmp_path / "local")
+
+
+def test_a_cache_goes_there_and_back_byte_for_byte(s3, local, tmp_path):
+    here = path_of(local, tmp_path)
+    arrived = []
+    there = transfer.copy(here, ROOT, arrived.append)
+    assert there.path == f"{ROOT}/caches/{here.name}" and there.differs is None
+    assert sum(arrived) == sum(receipt.size for receipt in manifest.load(here).objects.values())
+    near, far = store.open(here), store.open(there.path)
+    assert same(everything(near), everything(far)) and near.manifest.objects == far.manifest.objects
+    back = transfer.copy(there.path, tmp_path / "other")
+    assert content(back.path) == content(here)
+    assert list((tmp_path / "other" / "building").iterdir()) == []
+    assert list(verify.faults(there.path)) == []
+
+
+def test_chunks_go_first_and_the_manifest_last_and_once(s3, toy, tmp_path):
+    transfer.copy(path_of(toy, tmp_path), ROOT)
+    puts = [(path, once) for method, path, once in s3.seen if method == "PUT"]
+    assert puts[-1] == (f"/bucket/team/store/caches/{path_of(toy, tmp_path).name}/manifest.json", "*")
+    assert all("/objects/" in path and once is None for path, once in puts[:-1])
+
+
+def test_stage_two_reads_it_by_windows_in_the_order_of_a_folder(s3, local, tmp_path):
+    there = transfer.copy(path_of(local, tmp_path), ROOT).path
+    chosen, found = batches(store.open(there), "auto")
+    assert chosen.access.how == "windows"
+    assert found == batches(store.open(path_of(local, tmp_path)), "windows")[1]
+
+
+@pytest.mark.parametrize("fault", ["500", "lost"])
+def test_a_request_that_fails_once_is_asked_again(s3, toy, tmp_path, fault):
+    """Of every kind of request in turn, the first, the second, …"""
+    here = path_of(toy, tmp_path)
+    for number in itertools.count():
+        root, count = f"{ROOT}/{number}", itertools.count()
+        s3.plan = lambda method, path, count=count, number=number: fault if next(count) == number else None
+        published = transfer.copy(here, root)
+        if next(count) <= number:
+            break
+        s3.plan = lambda method, path: None
+        assert published.differs is None and manifest.load(Bucket(published.path)).objects == manifest.load(here).objects
+        assert list(verify.faults(published.path)) == []
+    assert number > 15
+
+
+@pytest.mark.parametrize("fault", ["500", "lost"])
+def test_a_server_that_stays_away_is_one_line_and_a_later_push_ends(s3, toy, tmp_path, fault):
+    here = path_of(toy, tmp_path)
+    count = itertools.count()
+    s3.plan = lambda method, path: fault if next(count) > 8 else None
+    with pytest.raises(Refused, match=r"s3://bucket/team/store.* cannot be had") as told:
+        transfer.copy(here, ROOT)
+    assert "\n" not in str(told.value) and not isinstance(told.value, Damaged)
+    s3.plan = lambda method, path: None
+    assert catalog.find(ROOT, here.name) is None or fault == "lost"
+    transfer.copy(here, ROOT)
+    assert same(everything(store.open(here)), everything(store.open(f"{ROOT}/caches/{here.name}")))
+
+
+def test_a_lost_answer_to_the_manifest_is_found_out_by_reading_it(s3, toy, tmp_path):
+    """It was created, the client does not hear it and asks again, and is told that it exists: whose it is, it says itself."""
+    s3.plan = lambda method, path: "lost" if method == "PUT" and path.endswith("manifest.json") and first() else None
+    asked = itertools.count()
+    first = lambda: next(asked) == 0  # noqa: E731
+    published = transfer.copy(path_of(toy, tmp_path), ROOT)
+    assert next(asked) > 1 and published.differs is None
+    assert list(verify.faults(published.path)) == []
+
+
+def test_a_request_that_takes_too_long_is_asked_again(s3, toy, tmp_path, monkeypatch):
+    import time
+
+    here, slow = path_of(toy, tmp_path), itertools.count()
+
+    def plan(method, path):
+        if method == "GET" and "/objects/" in path and next(slow) == 0:
+            time.sleep(1.5)
+
+    there = transfer.copy(here, ROOT).path
+    monkeypatch.setattr(bucket, "TIMEOUT", timedelta(seconds=0.5))
+    s3.plan = plan
+    assert same(everything(store.open(there)), everything(store.open(here)))
+    assert next(slow) > 1
+
+
+def test_two_creators_end_with_the_cache_of_one(s3, toy, tmp_path):
+    """Others that built other last bits: the first stays whole, the second says by how much it differs and leaves nothing."""
+    one, other = Toy(content_seed=1), Toy(content_seed=2)
+    one.build(tmp_path / "one")
+    other.build(tmp_path / "other")
+    first, second = one.path(tmp_path / "one"), other.path(tmp_path / "other")
+    objects, described = verify.placed(second)
+    create, root = Bucket.create, Bucket(ROOT)
+
+    def late(self, place, data):
+        transfer.copy(first, ROOT)  # all of the second's chunks are there by now
+        return create(self, place, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bucket, "create", lambda self, place, data: (patch.undo(), late(self, place, data))[1])
+        told = transfer.push(objects, described, root).differs
+    assert told.files == one.place.chunks and told.largest > 0
+    assert same(everything(store.open(f"{ROOT}/caches/{first.name}")), everything(store.open(first)))
+    writes = {place.split("/")[2] for place in root.listing("objects/")}
+    assert writes == {manifest.load(root.below(f"caches/{first.name}")).write}
+
+
+def test_many_that_push_the_same_at_once_end_with_one_cache(s3, toy, tmp_path):
+    here, errors = path_of(toy, tmp_path), []
+
+    def push():
+        try:
+            assert transfer.copy(here, ROOT).differs is None
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=push) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and list(verify.faults(f"{ROOT}/caches/{here.name}")) == []
+    assert len({place.split("/")[2] for place in Bucket(ROOT).listing("objects/")}) == 1
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "zero", "flipped", "extra"])
+def test_harm_to_any_object_is_loud_and_listed(s3, toy, tmp_path, harm):
+    here = path_of(toy, tmp_path)
+    there = transfer.copy(here, ROOT).path
+    objects, described = verify.placed(there)
+    for number, place in enumerate(sorted(described.objects)):
+        data, pulled = objects.read(place), tmp_path / f"pulled{number}"
+        if harm == "missing":
+            objects.delete([place])
+        elif harm == "extra":
+            objects.put("encoder/values/c.99.0.0", b"x")
+        else:
+            objects.put(place, {"truncated": data[:-1], "zero": b"", "flipped": bytes([data[0] ^ 1]) + data[1:]}[harm])
+        found = [fault.place for fault in verify.faults(there)]
+        assert found == [place if harm != "extra" else "encoder/values/c.99.0.0"]
+        if harm != "extra":
+            with pytest.raises(Damaged):
+                everything(store.open(there))
+            with pytest.raises(Damaged):
+                transfer.copy(there, pulled)
+            assert not (pulled / "caches").exists()
+        objects.put(place, data)
+
+
+def test_the_catalog_lists_and_remembers(s3, tmp_path):
+    toys = [Toy(seed=seed) for seed in range(3)]
+    for one in toys:
+        one.build(tmp_path / "local")
+        transfer.copy(path_of(one, tmp_path), ROOT)
+    found = list(catalog.listing(ROOT))
+    assert [item.fingerprint for item in found] == sorted(path_of(one, tmp_path).name for one in toys)
+    assert all(isinstance(item, Found) and store.open(item.path).fingerprint == item.fingerprint for item in found)
+    s3.seen.clear()
+    assert list(catalog.listing(ROOT)) == found
+    assert [method for method, _, _ in s3.seen] == ["GET"], "one listing, and no manifest"
+
+
+def test_what_nobody_holds_goes_by_way_of_the_trash_and_comes_back(s3, toy, tmp_path):
+    here = path_of(toy, tmp_path)
+    transfer.copy(here, ROOT)
+    pins.pin(ROOT, here.name, "paper")
+    assert kinds(ROOT) == {("cache", False)}
+    pins.unpin(ROOT, here.name, "paper")
+    done = lambda runs=nobody: [what for _, what in gc.collect(ROOT, list(gc.look(ROOT, runs)), 0, runs)]  # noqa: E731
+    assert done() == ["moved to the trash"] and catalog.find(ROOT, here.name) is None
+    held = lambda: {here.name: ["run x"]}  # noqa: E731
+    assert done(held) == ["restored: run x"]
+    assert same(everything(store.open(f"{ROOT}/caches/{here.name}")), everything(store.open(here)))
+    assert done() == ["moved to the trash"]
+    transfer.copy(here, ROOT)  # published again while it is in the trash
+    trash.purge(ROOT, next(trash.entries(ROOT)))
+    assert list(verify.faults(f"{ROOT}/caches/{here.name}")) == []
+    assert done() == ["moved to the trash"] and done() == ["deleted"]
+    assert Bucket(ROOT).listing("") == {}
+
+
+def test_two_gcs_that_throw_the_same_away_delete_nothing_that_comes_back(s3, toy, tmp_path):
+    here, root = path_of(toy, tmp_path), Bucket(ROOT)
+    there = transfer.copy(here, ROOT).path
+    text = root.read(f"caches/{here.name}/manifest.json")
+    first = trash.throw(ROOT, here.name)
+    root.create(f"caches/{here.name}/manifest.json", text)  # what the second had read
+    second = trash.throw(ROOT, here.name)
+    trash.purge(ROOT, first)
+    assert trash.restore(ROOT, second) and list(verify.faults(there)) == []
+    third = trash.throw(ROOT, here.name)
+    root.create(f"caches/{here.name}/manifest.json", text)
+    trash.purge(ROOT, third)
+    assert list(verify.faults(there)) == [], "it has been brought back"
+
+
+def test_a_gc_that_was_slower_than_another_and_a_publisher_leaves_what_it_has_not_seen(s3, tmp_path):
+    """It read one manifest; another gc took that away, and somebody published another."""
+    one, other = Toy(content_seed=1), Toy(content_seed=2)
+    one.build(tmp_path / "one")
+    other.build(tmp_path / "other")
+    there = transfer.copy(one.path(tmp_path / "one"), ROOT).path
+    name, put = there.rsplit("/", 1)[1], Bucket.put
+
+    def late(self, place, data):
+        put(self, place, data)
+        if place.endswith("moved.json"):
+            with pytest.MonkeyPatch.context() as inner:
+                inner.setattr(Bucket, "put", put)
+                trash.throw(ROOT, name)
+                transfer.copy(other.path(tmp_path / "other"), ROOT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bucket, "put", late)
+        assert trash.throw(ROOT, name) is None
+    assert same(everything(store.open(there)), everything(store.open(other.path(tmp_path / "other"))))
+    assert len(list(trash.entries(ROOT))) == 1
+
+
+def test_a_push_beside_a_gc_relies_on_nobodys_objects(s3, toy, tmp_path):
+    """What an earlier push left, right size and wrong bytes, is neither taken for ours nor missed when it is deleted."""
+    here, root = path_of(toy, tmp_path), Bucket(ROOT)
+    there = transfer.copy(here, ROOT).path
+    objects, described = verify.placed(there)
+    old = manifest.load(root.below(f"caches/{here.name}")).write
+    trash.throw(ROOT, here.name)
+    for place, receipt in described.objects.items():
+        objects.put(place, bytes(receipt.size))
+    again = transfer.copy(here, ROOT).path
+    assert manifest.load(root.below(f"caches/{here.name}")).write != old
+    trash.purge(ROOT, next(trash.entries(ROOT)))
+    assert list(verify.faults(again)) == [] and not root.listing(f"objects/{here.name}/{old}/")
+
+
+def test_what_is_published_since_it_was_looked_at_is_not_deleted(s3, toy, tmp_path, monkeypatch):
+    here, root = path_of(toy, tmp_path), Bucket(ROOT)
+    s3.plan = lambda method, path: "500" if method == "PUT" and path.endswith("manifest.json") else None
+    with pytest.raises(Refused):
+        transfer.copy(here, ROOT)
+    s3.plan = lambda method, path: None
+    monkeypatch.setattr(Bucket, "now", lambda self, real=Bucket.now: real(self) + 2 * gc.UNPUBLISHED)
+    items = list(gc.look(ROOT, nobody))
+    (write,) = {place.split("/")[2] for place in root.listing("objects/")}
+    described = manifest.load(here)._replace(write=write)
+    root.create(f"caches/{here.name}/manifest.json", manifest.dump(described))  # the answer was lost, and it was late
+    assert list(gc.collect(ROOT, items, 0, nobody)) == []
+    assert list(verify.faults(f"{ROOT}/caches/{here.name}")) == []
+
+
+def test_a_lease_in_the_bucket_holds_a_cache_while_it_is_used(s3, toy, tmp_path):
+    there = transfer.copy(path_of(toy, tmp_path), ROOT).path
+    with leases.using(there):
+        (item,) = gc.look(ROOT, nobody)
+        assert item.held == (f"in use by {leases.me()['who']}",)
+        assert list(gc.collect(ROOT, [item._replace(held=())], 0, nobody)) == []
+    assert kinds(ROOT) == {("cache", True)}
+    assert not Bucket(ROOT).listing("leases/")
+
+
+def test_what_a_killed_push_left_goes_once_no_push_can_rely_on_it(s3, toy, tmp_path, monkeypatch):
+    here = path_of(toy, tmp_path)
+    count = itertools.count()
+    s3.plan = lambda method, path: "500" if method == "PUT" and path.endswith("manifest.json") and next(count) >= 0 else None
+    with pytest.raises(Refused):
+        transfer.copy(here, ROOT)
+    s3.plan = lambda method, path: None
+    assert kinds(ROOT) == set(), "too young"
+    monkeypatch.setattr(Bucket, "now", lambda self, real=Bucket.now: real(self) + 2 * gc.UNPUBLISHED)
+    assert kinds(ROOT) == {("building", True)}
+    list(gc.collect(ROOT, list(gc.look(ROOT, nobody)), 0, nobody))
+    assert Bucket(ROOT).listing("") == {}
+
+
+def test_an_address_without_obstore_says_what_to_install(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    with pytest.raises(Refused, match=r"pip install 'readcache\[s3\]'"):
+        Bucket("s3://bucket/x")
+
+
+@pytest.fixture
+def asked(s3, said, monkeypatch, tmp_path):  # noqa: F811
+    """Both stages straight from and to the bucket."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "CHUNK_BYTES", 20_000)
+    return said | {"store": ROOT, "tokens": "all"}
+
+
+def test_both_stages_by_command(capfd, asked, tmp_path):
+    made = call(capfd, "extract", **asked)["splits"]
+    assert not list((tmp_path / "cache").glob("*/*")), "what was built here is gone"
+    assert all(part["hit"] for part in call(capfd, "extract", **asked)["splits"].values())
+    there = store.open(f"{ROOT}/caches/{made['train']['fingerprint']}")
+    here = asked | {"store": tmp_path / "local"}
+    call(capfd, "extract", **here)
+    assert same(everything(store.open(tmp_path / "local" / "caches" / made["train"]["fingerprint"])), everything(there))
+    windows = {"set": "reading.access=windows"} | FAST
+    trained = call(capfd, "train", "--no-extract", **asked, **windows)
+    again = call(capfd, "train", "--no-extract", **here, **windows)
+    assert trained["metrics"] == again["metrics"] and trained["fingerprints"] == again["fingerprints"]
+    assert call(capfd, "evaluate", run=trained["run"], store=ROOT)["metrics"] == trained["metrics"]
+    assert pins.pinned(ROOT)[made["train"]["fingerprint"]] == [f"run-{trained['run']}"]
+    assert len(call(capfd, "catalog", store=ROOT)["caches"]) == 3
+    (held,) = call(capfd, "du", store=ROOT)["stores"]
+    assert held["bytes"] == sum(part["bytes"] for part in made.values())
+
+
+def test_an_extraction_whose_push_fails_goes_on_without_the_backbone(capfd, asked, s3, monkeypatch):
+    s3.plan = lambda method, path: "500" if method == "PUT" and path.endswith("manifest.json") else None
+    assert "cannot be had" in call(capfd, "extract", **asked, splits="train", status=2)["error"]
+    s3.plan = lambda method, path: None
+    monkeypatch.setattr(extract, "rows", lambda *a: pytest.fail("it was extracted again"))
+    made = call(capfd, "extract", **asked, splits="train")["splits"]["train"]["fingerprint"]
+    assert list(verify.faults(f"{ROOT}/caches/{made}")) == []
+
+
+@pytest.mark.parametrize("harm", ["missing", "flipped", "extra"])
+def test_damage_there_is_listed_and_mended_by_command(capfd, asked, harm):
+    made = call(capfd, "extract", **asked, splits="train")["splits"]["train"]["fingerprint"]
+    objects, described = verify.placed(f"{ROOT}/caches/{made}")
+    before = {place: objects.read(place) for place in described.objects}
+    for place in ("encoder/values/c.1.0.0", "examples/key/c.0.0", "encoder/values/zarr.json"):
+        data = before[place]
+        if harm == "missing":
+            objects.delete([place])
+        else:
+            objects.put(*(("x/c.9", b"x") if harm == "extra" else (place, bytes([data[0] ^ 1]) + data[1:])))
+    assert call(capfd, "verify", "--store", ROOT, as_listed=True)["faults"]
+    call(capfd, "repair", **asked, splits="train")
+    assert {place: objects.read(place) for place in objects.sizes()} == before
