@@ -1,0 +1,151 @@
+"""What nobody needs any more: looked for, and taken away in two steps, so that what is needed after all comes back.
+
+A cache goes to the trash where nothing holds it (a run, a pin, a lease) and it is older than a grace period; from the trash it
+is deleted when it has been there for as long. Ages are told by the store's clock. Anybody may publish, pin, read and collect
+meanwhile: what is held again when it has been moved, is moved back.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from store import catalog, files, leases, pins, trash, writer
+from store.bucket import Bucket
+from store.catalog import Found
+from store.objects import Folder, root_at
+from store.stores import Root
+from store.writer import BUILDER
+
+Holds = Callable[[], Mapping[str, list[str]]]
+"""fingerprint -> who needs it, as it is now"""
+
+UNPUBLISHED = 24 * 3600.0
+"""objects that no manifest names stay for at least so long: theirs may be on its way, in seconds"""
+
+
+class Item(NamedTuple):
+    """Something that could go."""
+
+    kind: str
+    """cache, trash, or what the dead have left: building, run, training"""
+    fingerprint: str
+    place: str
+    """its path under the root; of the trash its name there"""
+    bytes: int
+    age: float
+    """in seconds, by the store's clock"""
+    held: tuple[str, ...]
+    """who needs it"""
+
+    def goes(self, grace: float) -> bool:
+        """Whether it is taken away. grace: in seconds."""
+        return not self.held and self.age >= grace
+
+
+def holds(root: Root, runs: Holds) -> dict[str, list[str]]:
+    """Fingerprint -> who holds it: runs, pins, who is at work, and caches whose rows were copied from it."""
+    objects = root_at(root)
+    found = {fingerprint: list(names) for fingerprint, names in runs().items()}
+    for fingerprint, names in pins.pinned(root).items():
+        found.setdefault(fingerprint, []).extend(f"pin {name}" for name in names)
+    for fingerprint, holders in leases.held(root, objects.now()).items():
+        found.setdefault(fingerprint, []).extend(f"in use by {holder.who}" for holder in holders)
+    for cache in catalog.listing(root):
+        if isinstance(cache, Found):
+            for source in cache.reused:
+                found.setdefault(source, []).append(f"cache {cache.fingerprint[:12]}, which has rows of it")
+    return found
+
+
+def look(root: Root, runs: Holds) -> Iterator[Item]:
+    """All that could go, and what holds it. runs: who needs a cache beside all others."""
+    objects, held = root_at(root), holds(root, runs)
+    clock = objects.now()
+    for found in catalog.listing(root):
+        if isinstance(found, Found):
+            who = tuple(held.get(found.fingerprint, ()))
+            yield Item("cache", found.fingerprint, f"caches/{found.fingerprint}", found.bytes, clock - found.written, who)
+    for entry in trash.entries(root):
+        size = sum(about.size for about in objects.listing(f"trash/{entry.name}/").values())
+        yield Item("trash", entry.fingerprint, entry.name, size, clock - entry.written, tuple(held.get(entry.fingerprint, ())))
+    yield from _unpublished(objects, clock) if isinstance(objects, Bucket) else _left(objects, clock)
+
+
+def collect(root: Root, items: list[Item], grace: float, runs: Holds) -> Iterator[tuple[Item, str]]:
+    """Take away those that go; with each what was done. grace: in seconds. runs: as for `look`, asked again."""
+    objects, thrown = root_at(root), []
+    held = holds(root, runs)
+    for item in items:
+        who = held.get(item.fingerprint, []) if item.kind in ("cache", "trash") else []
+        try:
+            if item.kind == "trash" and who:
+                if trash.restore(root, trash.Entry(item.place, item.fingerprint, 0.0)):
+                    yield item, f"restored: {', '.join(who)}"
+            elif who or not item.goes(grace):
+                continue
+            elif item.kind == "cache":
+                if entry := trash.throw(root, item.fingerprint):
+                    thrown.append((item, entry))
+            elif item.kind == "trash":
+                trash.purge(root, trash.Entry(item.place, item.fingerprint, 0.0))
+                yield item, "deleted"
+            elif _clean(objects, item):
+                yield item, "deleted"
+        except OSError as error:
+            yield item, f"not removed ({error.strerror}: {error.filename})"
+    held = holds(root, runs)
+    for item, entry in thrown:
+        since = held.get(item.fingerprint)
+        if since:
+            trash.restore(root, entry)
+        yield item, f"kept: {', '.join(since)}" if since else "moved to the trash"
+    if isinstance(root, Path):
+        trash.sweep(root)
+        leases.sweep(root, objects.now())
+
+
+def _clean(objects: Folder | Bucket, item: Item) -> bool:
+    """Remove what the dead have left; whether it was still that."""
+    if isinstance(objects, Bucket):
+        unpublished = trash.published_write(objects, item.fingerprint) != item.place.rsplit("/", 1)[1]
+        objects.delete(list(objects.listing(f"{item.place}/")) if unpublished else [])
+        return unpublished
+    path = objects.path / item.place
+    if item.kind == "building":
+        return writer.clean(path)
+    if path.is_dir():
+        files.remove(path)
+    else:
+        path.unlink(missing_ok=True)
+    return True
+
+
+LEFT = {"building": "building/*/*/", "run": "runs/*/.*/", "training": "training/*.safetensors"}
+"""what the dead leave: builders their folders, who was saving a run its own, interrupted training where it stands"""
+
+
+def _left(objects: Folder, clock: float) -> Iterator[Item]:
+    for kind, pattern in LEFT.items():
+        for path in sorted(objects.path.glob(pattern)):
+            with suppress(FileNotFoundError):  # over, meanwhile
+                holder = leases.read(path / BUILDER, clock) if kind == "building" else None
+                held = (f"built by {holder.who}",) if holder and holder.alive else ()
+                inside = [entry.stat() for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else []
+                every = [path.stat(), *inside]
+                size, written = sum(about.st_size for about in inside or every), max(about.st_mtime for about in every)
+                name = path.parent.name if kind == "building" else ""
+                yield Item(kind, name, str(path.relative_to(objects.path)), size, clock - written, held)
+
+
+def _unpublished(objects: Bucket, clock: float) -> Iterator[Item]:
+    """Objects under a write's name that no manifest names, here or in the trash."""
+    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for place, about in objects.listing("objects/").items():
+        _, fingerprint, write = (*place.split("/"), "", "")[:3]
+        found.setdefault((fingerprint, write), []).append((about.size, about.written))
+    thrown = {entry.fingerprint for entry in trash.entries(str(objects))}
+    for (fingerprint, write), parts in sorted(found.items()):
+        age = clock - max(written for _, written in parts)
+        if age >= UNPUBLISHED and fingerprint not in thrown and trash.published_write(objects, fingerprint) != write:
+            yield Item("building", fingerprint, f"objects/{fingerprint}/{write}", sum(size for size, _ in parts), age, ())
