@@ -16,9 +16,12 @@ import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from pipeline.config import COMMANDS, build
+from pipeline.said import COMMANDS, build
 from pipeline.show import Show, warn
 from store.errors import Refused
+
+ARGUMENTS = ("what", "a", "b")
+"""fields that are said without their name"""
 
 app = typer.Typer(name="readcache", help=__doc__, no_args_is_help=True, rich_markup_mode=None, add_completion=False,
                   pretty_exceptions_enable=False)  # fmt: skip
@@ -34,6 +37,7 @@ def _run(verb: str, said: dict[str, Any]) -> int:
             config = build(COMMANDS[verb], file, sets or [], said)
             # the one lazy import: a verb loads what it needs, so that stage two runs where transformers does not
             document = importlib.import_module(f"pipeline.commands.{verb}").run(config, show)
+            status = 1 if document.get("faults") else 0  # they are listed already
         except Refused as error:
             document, status = {"error": str(error)}, 2
         except OSError as error:
@@ -45,7 +49,7 @@ def _run(verb: str, said: dict[str, Any]) -> int:
         except Exception as error:  # a mistake of ours: shown whole, and scripts still get their document
             traceback.print_exc()
             document, status = {"error": f"unexpected {type(error).__name__}: {error}"}, 1
-    if status:
+    if "error" in document:
         warn(f"readcache {verb}: {document['error']}")
     if as_json:
         print(json.dumps(document, allow_nan=False), file=out)
@@ -62,8 +66,9 @@ def _options(model: type[BaseModel]) -> list[inspect.Parameter]:
     for name, field in model.model_fields.items():
         if isinstance(field.default, BaseModel):
             continue
-        if name == "what":
-            argument = typer.Argument(help=f"{field.description} [default: {field.default}]", show_default=False)
+        if name in ARGUMENTS:
+            default = f" [default: {field.default}]" if field.default else ""
+            argument = typer.Argument(help=f"{field.description}{default}", show_default=False)
             kind = Annotated[Optional[str], argument]
             options.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
             continue

@@ -1,14 +1,16 @@
 """Everything of a split that is to be extracted, laid out: inputs, where rows lie, what is stored beside them, exact sizes."""
 
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline import recipe
+from pipeline import recipe, reuse
 from pipeline.config import Inputs
 from pipeline.recipe import Recipe
+from pipeline.reuse import Reuse
 from stages import images, inputs, selection, texts, words
 from stages.anatomy import Anatomy
 from stages.images import Images, Processor
@@ -43,6 +45,18 @@ class Build(NamedTuple):
     """what is stored of the examples, by array path"""
     states: dict[str, list[str]]
     planned: Manifest
+    reused: Reuse | None = None
+    """what is copied from other caches"""
+
+    def chunk_paths(self, number: int) -> list[str]:
+        """The files of one chunk of the states."""
+        of_streams = {path: array for path, array in self.arrays.items() if path.split("/")[0] in self.states}
+        return [layout.chunk_path(path, number, len(array.shape)) for path, array in of_streams.items()]
+
+    @property
+    def to_compute(self) -> np.ndarray:
+        """(N,) bool: the examples that go through the backbone."""
+        return np.ones(len(self.examples.source), bool) if self.reused is None else self.reused.which == reuse.COMPUTED
 
 
 def open_reading(config: Inputs, task: Task, checkpoint: Checkpoint, anatomy: Anatomy, processor: Processor | None) -> Reading:
@@ -89,8 +103,14 @@ def answers(config: Inputs, task: Task, checkpoint: Checkpoint, anatomy: Anatomy
     return found
 
 
-def lay_out(config: Inputs, task: Task, anatomy: Anatomy, reading: Reading, split: inputs.Split, found: Recipe) -> Build:
-    """Lay out a split of a recipe. Raises Refused naming the row of an input that cannot be used."""
+def lay_out(
+    config: Inputs, task: Task, anatomy: Anatomy, reading: Reading, split: inputs.Split, found: Recipe,
+    sources: Iterable[str] | None = None,
+) -> Build:  # fmt: skip
+    """Lay out a split of a recipe. Raises Refused naming the row of an input that cannot be used.
+
+    sources: caches from which rows are copied; where left out, with --reuse, all that there are.
+    """
     rows = inputs.order(len(split.dataset), config.limit, config.order_seed)
     examples: Tokens | Images
     if task.image:
@@ -115,7 +135,16 @@ def lay_out(config: Inputs, task: Task, anatomy: Anatomy, reading: Reading, spli
         blocks = sum(name.startswith("block.") for name in states[stream])
         arrays[layout.CROSS_ATTENTION] = layout.attention_array(placement, blocks)
         tables["examples/decoder_row"] = (single.start, {"meaning": "where the example's one row of the decoder's stream is"})
-    tables |= {f"examples/{name}": table for name, table in examples.tables().items()}
+    own = examples.tables()
+    tables |= {f"examples/{name}": table for name, table in own.items()}
+    wanted = config.reuse if sources is None else bool(sources)
+    copied = reuse.find(config.store, found, own["key"][0], sources) if wanted else None
+    if copied:
+        told = {
+            "sources": [cache.fingerprint for cache in copied.sources],
+            "meaning": "which of the sources rows are from, or -1",
+        }
+        tables["examples/copied_from"] = (copied.which, told)
     for name, (values, distinct) in split.columns.items():
         few = {} if distinct is None else {"values": distinct}
         tables[f"examples/{layout.column_path(name)}"] = (values[rows], {"column": name} | few)
@@ -133,8 +162,8 @@ def lay_out(config: Inputs, task: Task, anatomy: Anatomy, reading: Reading, spli
     }  # fmt: skip
     sizes = {path: array.chunk_bytes() for path, array in layout.chunk_paths(arrays)}
     sizes |= {path: len(text) for path, text in layout.metadata(arrays, manifest.attributes(found)).items()}
-    planned = manifest.planned(found, about, counts, sizes)
-    return Build(examples, placement, arrays, {path: values for path, (values, _) in tables.items()}, states, planned)
+    planned = manifest.planned(found, about, counts, sizes)._replace(reused=copied.counts if copied else ())
+    return Build(examples, placement, arrays, {path: values for path, (values, _) in tables.items()}, states, planned, copied)
 
 
 def at_hand(

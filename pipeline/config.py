@@ -1,36 +1,39 @@
 """What a user may say to each command: one frozen model a command, a docstring under each field.
 
-The command line, the YAML file (`--config`) and `--set a.b=c` all end here. Defaults < YAML < --set < options.
+The command line, the YAML file (`--config`) and `--set a.b=c` all end here, by way of `pipeline.said`. Commands that look after
+a store are in `pipeline.upkeep`.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
-from stages.tasks import explain, written
-from store.errors import Refused
+from store.stores import Stores, parse
 
 Count = Annotated[int, Field(ge=1)]
 Place = Annotated[Path, AfterValidator(Path.expanduser)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Where = Annotated[Stores, PlainValidator(parse), PlainSerializer(str, return_type=str)]
 Layers = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class Catalog(_Frozen):
+class OfStore(Frozen):
+    """Whatever has to do with caches and runs."""
+
+    store: Where = Stores((Path("cache"),))
+    """folder of caches and runs; or s3://bucket/prefix for caches; or several, comma-separated: what is new goes to the first"""
+
+
+class Catalog(OfStore):
     """Caches and runs under STORE."""
 
-    store: Place = Path("cache")
-    """folder of caches and runs"""
 
-
-class _OnDevice(Catalog):
+class _OnDevice(OfStore):
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda, cuda:1, mps"""
 
@@ -63,6 +66,9 @@ class Inputs(_OnDevice):
     """examples a split, a seeded sample; where left out: all"""
     order_seed: Annotated[int, Field(ge=0)] = 0
     """seed of the cache's order on disk and of LIMIT's sample; part of the recipe, unlike --seed"""
+    reuse: bool = False
+    """copy the rows of inputs that another cache of the same backbone and choices has; off, since they went through the backbone
+    in other batches, which gives other last bits"""
     seed: Annotated[int, Field(ge=0)] = 0
     """seed of training (weights, order of batches, held-out part); no part of a cache"""
 
@@ -77,6 +83,8 @@ class Plan(Inputs):
 class _Spread(Inputs):
     dask: str | None = None
     """address of a dask scheduler whose workers share STORE, such as tcp://host:8786; where left out: this process"""
+    no_wait: bool = False
+    """extract beside somebody who is extracting the same cache, rather than wait for it"""
 
 
 class Extract(_Spread, Plan):
@@ -89,7 +97,7 @@ class Extract(_Spread, Plan):
         return cls(**known | {"splits": splits})
 
 
-class ReadOptions(_Frozen):
+class ReadOptions(Frozen):
     """Less common choices of READ, for the YAML file and --set read.…"""
 
     aggregate: Literal["mean", "last"] = "mean"
@@ -116,7 +124,7 @@ class ReadOptions(_Frozen):
     """of several tasks: whether one READ serves them all, with a head for each"""
 
 
-class ScheduleOptions(_Frozen):
+class ScheduleOptions(Frozen):
     """Less common choices of training, for the YAML file and --set schedule.…"""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -133,7 +141,7 @@ class ScheduleOptions(_Frozen):
     """seed of that part and of the order of batches, which heads that train together share; where left out: --seed"""
 
 
-class ReadingOptions(_Frozen):
+class ReadingOptions(Frozen):
     """How stage two reads caches, for the YAML file and --set reading.…"""
 
     access: Literal["auto", "memory", "random", "windows"] = "auto"
@@ -145,6 +153,8 @@ class ReadingOptions(_Frozen):
     """of one window, in bytes; at most two are in memory"""
     readers: Count = 2
     """threads that read ahead"""
+    mirror: bool = False
+    """copy caches of other stores to the first folder of STORE, and read them there"""
 
 
 class Train(_Spread):
@@ -201,7 +211,7 @@ class Sweep(Train):
     """heads that train in one pass"""
 
 
-class Report(Catalog):
+class Report(OfStore):
     """One HTML page and one Markdown file under STORE: what the runs there say."""
 
 
@@ -238,7 +248,7 @@ class Bench(Train):
     """Measure what the README shows. `extract`: stage one beside the bare forward pass. `read`: the loader beside its peers.
     `codec`: bytes, and what a codec costs in quality. `train`: a step with loading beside one without, and memory. `heads`: many
     heads in one pass beside one after another. `all`: these five. `glue` trains every GLUE task on one backbone, `recipes`
-    compares variants of the defaults."""
+    compares variants of the defaults, `store` looks through ten thousand caches."""
 
     what: str = "all"
     """which table"""
@@ -259,60 +269,3 @@ class Bench(Train):
         """The training of one of them, with changes."""
         said = {name: getattr(self, name) for name in Train.model_fields}
         return Train(**said | {"task": task, "seeds": 1} | changes)
-
-
-COMMANDS: dict[str, type[_Frozen]] = {
-    "plan": Plan, "extract": Extract, "train": Train, "sweep": Sweep, "ablate": Ablate, "evaluate": Evaluate, "predict": Predict,
-    "catalog": Catalog, "report": Report, "bench": Bench,
-}  # fmt: skip
-
-C = TypeVar("C", bound=_Frozen)
-
-
-def build(model: type[C], file: Path | None, sets: list[str], options: Mapping[str, Any]) -> C:
-    """A command's configuration. Raises Refused in one line for an unknown key or an impossible value.
-
-    A YAML file may serve several commands: each takes what is its own, and a key that none knows is refused.
-    """
-    said: dict[str, Any] = _file(file) if file else {}
-    for item in sets:
-        path, equals, value = item.partition("=")
-        if not equals:
-            raise Refused(f"--set {item}: give key=value, such as schedule.clip=0.5")
-        *groups, last = path.split(".")
-        inner = said
-        for group in groups:
-            inner = inner.setdefault(group, {})
-            if not isinstance(inner, dict):
-                raise Refused(f"--set {item}: {group} is a value, not a group")
-        try:
-            inner[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise Refused(f"--set {item}: {value!r} is not YAML ({' '.join(str(error).split())})") from None
-    known = {name for command in COMMANDS.values() for name in command.model_fields}
-    for name in said:
-        if name not in known:
-            raise Refused(f"unknown key {name!r}; known: {', '.join(sorted(known))}")
-    mine = {name: value for name, value in said.items() if name in model.model_fields}
-    return explained(model, mine | {name: value for name, value in options.items() if value is not None})
-
-
-def explained(model: type[C], said: Mapping[str, Any], where: str = "") -> C:
-    """A configuration from plain values. Raises Refused in one line for an impossible one. where: what the line begins with."""
-    try:
-        return model(**said)
-    except ValidationError as error:
-        raise Refused(where + _explain(error, model)) from None
-
-
-def _explain(error: ValidationError, model: type[_Frozen]) -> str:
-    group = error.errors()[0]["loc"][0]
-    groups: dict[str, type[_Frozen]] = {"read": ReadOptions, "schedule": ScheduleOptions, "reading": ReadingOptions}
-    return explain(error, groups.get(str(group), model))
-
-
-def _file(path: Path) -> dict[str, Any]:
-    said = written(path, "--config ")
-    if not isinstance(said, dict):
-        raise Refused(f"--config {path} holds no fields")
-    return {str(name): value for name, value in said.items()}

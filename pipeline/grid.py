@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from pipeline import opening
 from pipeline.board import in_words
-from pipeline.config import Sweep, Train, explained
+from pipeline.config import Sweep, Train
+from pipeline.said import explained
 from stages.tasks import written
 from store.errors import Refused
 

@@ -13,6 +13,7 @@ from store import Cache, catalog
 from store.catalog import Found
 from store.errors import Refused
 from store.fingerprint import canonical
+from store.stores import Root
 
 _BY_HAND = "choose one with CACHE=<fingerprint prefix>"
 
@@ -20,7 +21,7 @@ _BY_HAND = "choose one with CACHE=<fingerprint prefix>"
 class Looked(NamedTuple):
     """What was found."""
 
-    caches: dict[str, Path] | None
+    caches: dict[str, Root] | None
     """split -> cache; None where one is missing"""
     near: list[str]
     """for a message: caches of the same task, in what they differ, and damaged ones; the last three"""
@@ -38,7 +39,7 @@ def look(config: Train, task: Task) -> Looked:
     unchecked += [f"{split} of {task.name}: {source.text} is not at hand" for split in needed if not digests.get(split)]
     near = []
     every = []
-    for found in catalog.listing(config.store):
+    for found in config.store.listing():
         if isinstance(found, Found):
             every.append(found)
         else:
@@ -49,8 +50,8 @@ def look(config: Train, task: Task) -> Looked:
         digest = digests.get(split)
         names = ({} if checkpoint else {"backbone": Path(config.backbone).name}) | ({} if digest else {"task": task.name})
         for found in every:
-            about, theirs = found.manifest.about, found.manifest.recipe
-            kind = theirs["backbone"]["kind"]
+            about, theirs = found.about, found.recipe
+            kind = theirs["backbone"].get("kind", "")
             if (picked and not _goes_with(found, picked)) or not recipe.possible(config, task, kind):
                 continue
             wanted = (recipe.identity if picked else recipe.known)(config, task, kind, split, digest, checkpoint)
@@ -59,14 +60,14 @@ def look(config: Train, task: Task) -> Looked:
                 family.setdefault(split, []).append(found)
             elif about.get("task") == task.name and about.get("split") == split:
                 differs = catalog.differences(theirs, wanted) + catalog.differences(about, names)
-                near.append(f"{found.manifest.fingerprint[:12]} ({split}) differs in {'; '.join(differs)}")
+                near.append(f"{found.fingerprint[:12]} ({split}) differs in {'; '.join(differs)}")
     whole_families = [family for family in families.values() if len(family) == 1 + len(task.evaluation)]
     if len(whole_families) > 1 or any(len(f) > 1 for family in whole_families for f in family.values()):
         several = [_describe(found) for family in whole_families for group in family.values() for found in group]
         raise Refused(f"several caches match task {task.name}; {_BY_HAND}: {'; '.join(several)}")
     if picked and not whole_families:
         raise Refused(
-            f"cache {picked.manifest.fingerprint[:12]} does not serve task {task.name}: {_describe(picked)}; "
+            f"cache {picked.fingerprint[:12]} does not serve task {task.name}: {_describe(picked)}; "
             f"{'; '.join(near) or 'its other splits are not there'}; extract again, or choose another"
         )
     caches = {split: group[0].path for split, group in whole_families[0].items()} if whole_families else None
@@ -76,8 +77,8 @@ def look(config: Train, task: Task) -> Looked:
 def _picked(config: Train, every: list[Found]) -> Found | None:
     if config.cache is None:
         return None
-    found = [item for item in every if item.manifest.fingerprint.startswith(config.cache)]
-    families = {canonical(recipe.family(item.manifest.recipe)) for item in found}
+    found = [item for item in every if item.fingerprint.startswith(config.cache)]
+    families = {canonical(recipe.family(item.recipe)) for item in found}
     if not config.cache or len(families) != 1:
         known = "; ".join(_describe(item) for item in (found or every)) or "none"
         raise Refused(f"CACHE={config.cache} names {len(found)} caches under {config.store}; there are: {known}")
@@ -94,13 +95,13 @@ def label_column(task: Task, cache: Cache, split: str) -> tuple[tuple[np.ndarray
 
 def _goes_with(found: Found, picked: Found) -> bool:
     """Whether a cache is the picked one, or a sibling of it for another split."""
-    one, two = found.manifest.recipe, picked.manifest.recipe
+    one, two = found.recipe, picked.recipe
     return found == picked or (recipe.family(one) == recipe.family(two) and one["data"]["split"] != two["data"]["split"])
 
 
 def _describe(found: Found) -> str:
-    about, made = found.manifest.about, found.manifest.recipe
+    about, made = found.about, found.recipe
     told: dict[str, Any] = {"tokens": made["tokens"], "layers": made["layers"], "codec": made["codec"]}
-    told |= {"max_length": made.get("max_length"), "limit": made["limit"], "order_seed": made["order_seed"]}
+    told |= {"max_length": made.get("max_length"), "limit": made.get("limit"), "order_seed": made.get("order_seed")}
     choices = " ".join(f"{name}={value}" for name, value in told.items() if value is not None)
-    return f"{found.manifest.fingerprint[:12]} {about['task']}/{about['split']} on {about['backbone']} {choices}"
+    return f"{found.fingerprint[:12]} {about['task']}/{about['split']} on {about['backbone']} {choices}"

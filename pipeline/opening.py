@@ -2,7 +2,6 @@
 
 import importlib
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +17,9 @@ from stages.access import check_codec
 from stages.kinds import KINDS, article, check_rule, pool_of
 from stages.shape import Shape, check_names
 from stages.tasks import Task
-from store import Cache
+from store import Cache, transfer
 from store.errors import Refused
+from store.stores import Root, root_of
 
 
 class Opened(NamedTuple):
@@ -98,7 +98,7 @@ def open_caches(config: Train, task: Task, show: Show) -> Opened:
     """Find or extract the caches of train and the evaluation splits, and check them and their labels."""
     found = look(config, task)
     if found.caches is not None:
-        caches = {split: store.open(path) for split, path in found.caches.items()}
+        caches = {split: store.open(_near(config, path, show)) for split, path in found.caches.items()}
         shape_of(config, task, caches[task.train].manifest.recipe)
         if found.unchecked:
             unchecked = "; ".join(found.unchecked)
@@ -109,20 +109,35 @@ def open_caches(config: Train, task: Task, show: Show) -> Opened:
     else:
         for line in found.near:
             show.line(f"not used: {line}")
-        caches = {split: store.open(path) for split, path in _extract(config, task, show).items()}
+        caches = {split: store.open(_near(config, path, show)) for split, path in _extract(config, task, show).items()}
     for split, cache in caches.items():
         show.line(f"{split}: cache {cache.fingerprint[:12]}, {len(cache.length):,} examples, {size(cache.manifest.bytes)}")
     return _labelled(task, caches, found.unchecked if found.caches else [], show)
 
 
-def _extract(config: Train, task: Task, show: Show) -> dict[str, Path]:
+def _extract(config: Train, task: Task, show: Show) -> dict[str, Root]:
     # only now is the backbone's side needed: where the cache is there, transformers need not be
     extract = importlib.import_module("pipeline.commands.extract")
     asked = Extract.part_of(config, ",".join((task.train, *task.evaluation)))
     if config.head == "verbalizer":
         asked = asked.model_copy(update={"words": ",".join(words(config, task))})  # they must be there, then
     made = extract.run(asked, show, checked=lambda recipe: shape_of(config, task, recipe))["splits"]
-    return {split: config.store / "caches" / said["fingerprint"] for split, said in made.items()}
+    found = {split: config.store.find(said["fingerprint"]) for split, said in made.items()}
+    for split, path in found.items():
+        if path is None:
+            raise Refused(
+                f"cache {made[split]['fingerprint'][:12]} ({split}) was removed meanwhile; run again, and pin what must stay"
+            )
+    return {split: path for split, path in found.items() if path}
+
+
+def _near(config: Train, where: Root, show: Show) -> Root:
+    """Where a cache is read: where it is, or a copy of it in the first folder of STORE."""
+    home = config.store.home
+    if not config.reading.mirror or root_of(where) == home:
+        return where
+    show.line(f"copying {where} to {home}")
+    return transfer.copy(where, home).path
 
 
 def _labelled(task: Task, caches: dict[str, Cache], unchecked: list[str], show: Show) -> Opened:

@@ -69,6 +69,11 @@ class Meter:
         self.begun = self.told = time.monotonic()
         self.task = bar.add_task(what, total=total, unit=unit, rate="") if bar else None
 
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.begun
+
     def beside(self, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
         """A small table with the progress: below the bar, in place of the one before; without a terminal it is printed."""
         if self.bar is None:

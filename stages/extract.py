@@ -89,14 +89,19 @@ def pieces(
     states: dict[str, list[str]],
     rule: str,
     codec: str,
+    wanted: np.ndarray | None = None,
 ) -> Iterator[Piece]:
-    """Every batch of some chunks, each chunk's as the batch plan says. parts: a chunk's number, and its examples."""
+    """Every batch of some chunks, each chunk's as the batch plan says. parts: a chunk's number, and its examples.
+
+    wanted: (N,) bool of all examples, those that go through the backbone; all of them where left out.
+    """
 
     def batches() -> Iterator[tuple[int, bool, int, np.ndarray]]:
         for number, part in parts:
-            groups = batching.by_length(examples.lengths[part.start : part.stop])
+            mine = np.arange(len(part)) if wanted is None else np.flatnonzero(wanted[part.start : part.stop])
+            groups = batching.by_length(examples.lengths[part.start + mine]) if len(mine) else []
             for index, group in enumerate(groups):
-                yield number, index + 1 == len(groups), part.start, group
+                yield number, index + 1 == len(groups), part.start, mine[group]
 
     def inputs(batch: tuple[int, bool, int, np.ndarray]) -> tuple[tuple[int, bool, int, np.ndarray], dict[str, Tensor]]:
         _, _, begin, group = batch

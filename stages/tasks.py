@@ -214,6 +214,8 @@ def explain(error: ValidationError | TypeError, model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"unknown key {where!r}; known: {', '.join(model.model_fields)}"
+    if first["type"] == "value_error":
+        return str(first["msg"]).removeprefix("Value error, ")
     return f"{where}: {first['msg']}" + ("" if first["type"] == "missing" else f", not {first['input']!r}")
 
 

@@ -147,7 +147,7 @@ def _untrained(config: Ablate, opened: Opened, show: Show) -> tuple[Ablate, Open
         # what trains needs no transformers; what makes a backbone does
         untrained = importlib.import_module("stages.untrained")
         checkpoint = sources.checkpoint(config.backbone, local=False)
-        own = config.model_copy(update=same | {"backbone": str(untrained.save(checkpoint, config.store / "untrained"))})
+        own = config.model_copy(update=same | {"backbone": str(untrained.save(checkpoint, config.store.home / "untrained"))})
         return own, open_caches(own, check(own), show)
     except (Refused, ImportError) as error:
         show.line(f"without the row of {UNTRAINED}: {error}")

@@ -16,12 +16,13 @@ from store.errors import Refused
 SPEED = ("extract", "read", "train", "heads", "codec")
 """what `all` measures"""
 QUALITY = ("glue", "recipes")
+OTHER = ("store",)
 
 
 def run(config: Bench, show: Show) -> dict[str, Any]:
     """The command `bench`."""
-    if config.what not in ("all", *SPEED, *QUALITY):
-        raise Refused(f"unknown bench {config.what!r}; known: {', '.join(('all', *SPEED, *QUALITY))}")
+    if config.what not in ("all", *SPEED, *QUALITY, *OTHER):
+        raise Refused(f"unknown bench {config.what!r}; known: {', '.join(('all', *SPEED, *QUALITY, *OTHER))}")
     if config.what == "all":
         import_module("pipeline.benches.read").check(config)  # now, not after the benches before it
     about = machine(config.device)

@@ -5,16 +5,16 @@ from typing import Any
 from pipeline import runs
 from pipeline.config import Catalog
 from pipeline.show import Show, size
-from store import catalog
-from store.errors import Damaged, Refused
+from store import pins
+from store.errors import Damaged
+from store.stores import root_of
 
 
 def run(config: Catalog, show: Show) -> dict[str, Any]:
     """The command `catalog`."""
-    if not config.store.is_dir():
-        raise Refused(f"there is no store {config.store}; `readcache extract` or `train` makes one")
+    config.store.check()
     document: dict[str, Any] = {"caches": [], "runs": [], "damaged": []}
-    for saved in runs.listing(config.store):
+    for saved in runs.listing(config.store.home):
         if isinstance(saved, Damaged):
             document["damaged"].append(str(saved))
             continue
@@ -26,17 +26,21 @@ def run(config: Catalog, show: Show) -> dict[str, Any]:
              "linear_probe": told["linear_probe"][split][metric], "trainable_parameters": told["trainable_parameters"],
              "fingerprints": told["fingerprints"]}
         )  # fmt: skip
-    for found in catalog.listing(config.store):
+    best: dict[str, float] = {}
+    for saved_run in document["runs"]:
+        for fingerprint in saved_run["fingerprints"].values():
+            best[fingerprint] = max(saved_run["score"], best.get(fingerprint, saved_run["score"]))
+    pinned = {name: names for root in reversed(config.store.roots) for name, names in pins.pinned(root).items()}
+    for found in config.store.listing():
         if isinstance(found, Damaged):
             document["damaged"].append(str(found))
             continue
-        about, counts, recipe = found.manifest.about, found.manifest.counts, found.manifest.recipe
-        fingerprint = found.manifest.fingerprint
-        best = max((r["score"] for r in document["runs"] if fingerprint in r["fingerprints"].values()), default=None)
+        about, counts, recipe, fingerprint = found.about, found.counts, found.recipe, found.fingerprint
         document["caches"].append(
             {"fingerprint": fingerprint, "task": about["task"], "split": about["split"], "backbone": about["backbone"],
              "tokens": recipe["tokens"], "layers": recipe["layers"], "codec": recipe["codec"], "examples": counts["examples"],
-             "rows": counts["rows"], "bytes": found.manifest.bytes, "best_score": best}
+             "rows": counts["rows"], "bytes": found.bytes, "best_score": best.get(fingerprint), "store": str(root_of(found.path)),
+             "pins": pinned.get(fingerprint, [])}
         )  # fmt: skip
     document["caches"].sort(key=lambda c: (c["task"], c["backbone"], c["tokens"], c["codec"], c["split"]))
     show.table(

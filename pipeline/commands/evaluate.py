@@ -1,7 +1,6 @@
 """Scores of a saved run on a split, from the cache."""
 
 import shlex
-from pathlib import Path
 from typing import Any
 
 import store
@@ -15,15 +14,16 @@ from stages.access import ONCE
 from stages.device import pick
 from stages.evaluate import say, score
 from stages.loader import Loader
-from store import Cache, catalog
+from store import Cache
 from store.catalog import Found
 from store.errors import Refused
+from store.stores import Stores
 
 
 def run(config: Evaluate, show: Show) -> dict[str, Any]:
     """The command `evaluate`."""
     device = pick(config.device)
-    found = runs.find(config.store, config.run, config.task)
+    found = runs.find(config.store.home, config.run, config.task)
     task = found.task
     head, streams = runs.load_head(found).to(device), list(runs.load_shape(found).states)
     metrics, examples = {}, {}
@@ -43,7 +43,7 @@ def run(config: Evaluate, show: Show) -> dict[str, Any]:
     return {"run": found.path.name, "task": task.name, "metrics": metrics, "examples": examples}
 
 
-def cache_of(root: Path, run: Run, split: str) -> Cache:
+def cache_of(stores: Stores, run: Run, split: str) -> Cache:
     """The cache of a run's split: the one that it was trained or scored on, or its sibling for another split.
 
     Raises Refused where it is gone, saying how to get it back.
@@ -56,17 +56,17 @@ def cache_of(root: Path, run: Run, split: str) -> Cache:
     again = f"extract it again: readcache extract {options}"
     fingerprint = run.told["fingerprints"].get(split)
     if fingerprint:
-        path = catalog.find(root, fingerprint)
+        path = stores.find(fingerprint)
         if path is None:
-            raise Refused(f"run {run.path.name} needs cache {fingerprint[:12]} ({split}), which is gone from {root}; {again}")
+            raise Refused(f"run {run.path.name} needs cache {fingerprint[:12]} ({split}), which is gone from {stores}; {again}")
         return store.open(path)
     siblings = [
         item.path
-        for item in catalog.listing(root)
+        for item in stores.listing()
         if isinstance(item, Found)
-        and recipe.family(item.manifest.recipe) == recipe.family(made)
-        and item.manifest.recipe["data"]["split"] == split
-        and item.manifest.about["task"] == run.task.name
+        and recipe.family(item.recipe) == recipe.family(made)
+        and item.recipe["data"]["split"] == split
+        and item.about["task"] == run.task.name
     ]
     if len(siblings) != 1:
         known = ", ".join([*run.told["fingerprints"], *run.task.unlabelled])

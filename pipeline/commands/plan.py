@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,12 @@ from stages.device import pick
 from stages.images import Processor
 from stages.kinds import KINDS, article, tokens_of
 from stages.tasks import Task
-from store import catalog, writer
+from store import writer
 from store.codecs import codec, parse
 from store.errors import Refused
 from store.fingerprint import fingerprint
 from store.manifest import Manifest
+from store.stores import Root, Stores
 
 SAMPLE_TOKENS = 4096
 """of each split that are run to estimate the time"""
@@ -35,7 +36,7 @@ class Part(NamedTuple):
     """A split: there already, or to be built."""
 
     fingerprint: str
-    hit: Path | None
+    hit: Root | None
     found: Manifest
     """of the cache, or of the one to be"""
     build: Build | None
@@ -57,19 +58,21 @@ def run(config: Plan, show: Show) -> dict[str, Any]:
     backbone = Backbone(planned.checkpoint.path, planned.anatomy, pick(config.device)) if builds else None
     seconds = {split: estimate(backbone, build) for split, build in builds.items() if backbone}
     document = {"task": planned.task.name, "splits": {s: summary(part, seconds.get(s, 0.0)) for s, part in planned.parts.items()}}
-    free = free_bytes(config.store)
+    free = free_bytes(config.store.workshop)
     needed = sum(part.found.bytes for part in planned.parts.values() if not part.hit)
+    copied = ["reused"] if config.reuse else []
     show.table(
-        ["split", "", "examples", "cut", "tokens", "rows", "bytes", "time", "fingerprint"],
+        ["split", "", "examples", "cut", "tokens", "rows", *copied, "bytes", "time", "fingerprint"],
         [
             [s, "hit" if p.hit else "miss", p.found.counts["examples"], p.found.counts["cut"], p.found.counts["tokens"],
-             p.found.counts["rows"], size(p.found.bytes), "" if p.hit else duration(seconds[s]), p.fingerprint[:12]]
+             p.found.counts["rows"], *(sum(n for _, n in p.found.reused) for _ in copied), size(p.found.bytes),
+             "" if p.hit else duration(seconds[s]), p.fingerprint[:12]]
             for s, p in planned.parts.items()
         ],
     )  # fmt: skip
     kept = "; ".join(", ".join(names) for names in recipe.states(next(iter(planned.parts.values())).found.recipe).values())
     most = "at most " if parse(config.codec)[1] else ""
-    show.line(f"to write: {most}{size(needed)}; free under {config.store}: {size(free)}; states {kept}")
+    show.line(f"to write: {most}{size(needed)}; free under {config.store.workshop}: {size(free)}; states {kept}")
     return document | {"bytes_to_write": needed, "free_bytes": free}
 
 
@@ -79,19 +82,25 @@ def summary(part: Part, seconds: float) -> dict[str, Any]:
     return {
         "fingerprint": part.fingerprint, "hit": part.hit is not None, "examples": counts["examples"], "rows": counts["rows"],
         "bytes": part.found.bytes, "seconds": round(seconds, 3), "tokens": counts["tokens"], "cut": counts["cut"],
+        "reused": sum(count for _, count in part.found.reused),
     }  # fmt: skip
 
 
-def prepare(config: Plan, again: bool = False, checked: Callable[[recipe.Recipe], object] | None = None) -> Planned:
+def prepare(
+    config: Plan,
+    again: bool = False,
+    checked: Callable[[recipe.Recipe], object] | None = None,
+    copied_from: Iterable[str] | None = None,
+) -> Planned:
     """Check everything that can be wrong, cheapest first, and lay out every split. Raises Refused; writes nothing.
 
-    again: lay out even what is published already. checked: a caller's own check of the recipe, before data are read.
+    again: lay out even what is published already. checked: a caller's own check of the recipe, before data are read. copied_from:
+    caches from which rows are copied; where left out, as --reuse says.
     """
     task = tasks.find(config.task)
     codec(config.codec)
     depths.parse(config.layers)
     pick(config.device)
-    writer.check_writable(config.store)
     source = sources.data(task, config.data)
     checkpoint = sources.checkpoint(config.backbone, local=False)
     assert checkpoint is not None
@@ -106,6 +115,8 @@ def prepare(config: Plan, again: bool = False, checked: Callable[[recipe.Recipe]
         checked(next(iter(known.values())))
     reading = open_reading(config, task, checkpoint, anatomy, processor)
     hits = {split: None if again else _hit(config.store, known[split]) for split in known}
+    if None in hits.values() and not again:
+        writer.check_writable(config.store.workshop)
     splits = {split: inputs.load(task, source, split) for split in known if hits[split] is None}
     for split, loaded in splits.items():
         if not source.files:  # from the hub: the digest is known only now
@@ -118,9 +129,9 @@ def prepare(config: Plan, again: bool = False, checked: Callable[[recipe.Recipe]
     for split, found in known.items():
         hit = hits[split]
         if hit:
-            parts[split] = Part(hit.fingerprint, hit.path, hit.manifest, None)
+            parts[split] = Part(hit.fingerprint, config.store.find(hit.fingerprint), hit.manifest, None)
         else:
-            build = lay_out(config, task, anatomy, reading, splits[split], found)
+            build = lay_out(config, task, anatomy, reading, splits[split], found, copied_from)
             parts[split] = Part(build.planned.fingerprint, None, build.planned, build)
     return Planned(task, anatomy, checkpoint, parts)
 
@@ -168,10 +179,10 @@ def wanted(config: Plan, task: Task, source: sources.Source) -> list[str]:
     return [split for split in there if split in chosen]
 
 
-def _hit(root: Path, found: recipe.Recipe) -> store.Cache | None:
+def _hit(stores: Stores, found: recipe.Recipe) -> store.Cache | None:
     if "digest" not in found["data"]:
         return None
-    path = catalog.find(root, fingerprint(found))
+    path = stores.find(fingerprint(found))
     return store.open(path) if path else None
 
 
@@ -180,8 +191,9 @@ def free_bytes(root: Path) -> int:
     return shutil.disk_usage(root).free
 
 
-def check_disk(root: Path, parts: dict[str, Part]) -> None:
+def check_disk(stores: Stores, parts: dict[str, Part]) -> None:
     """Refuse now if the disk cannot hold what will be written; what an interrupted extraction has left counts."""
+    root = stores.workshop
     needed = sum(p.found.bytes - writer.left_behind(root, p.fingerprint) for p in parts.values() if not p.hit)
     free = free_bytes(root)
     if needed > free:
@@ -193,11 +205,12 @@ def check_disk(root: Path, parts: dict[str, Part]) -> None:
 
 def estimate(backbone: Backbone, build: Build) -> float:
     """Seconds that extracting a split will take: a sample of it is run and scaled up by tokens."""
-    made, ends = build.planned.recipe, np.cumsum(build.examples.lengths)
+    lengths = build.examples.lengths
+    made, ends = build.planned.recipe, np.cumsum(lengths)
     count = max(1, int(np.searchsorted(ends, SAMPLE_TOKENS, "right")))
     spent = 0.0
     for _ in range(2):  # the first run warms up
         begun = time.perf_counter()
         extract.chunk(backbone, build.examples, range(count), build.states, made["tokens"], made["codec"])
         spent = time.perf_counter() - begun
-    return spent * int(ends[-1]) / int(ends[count - 1])
+    return spent * int(lengths[build.to_compute].sum()) / int(ends[count - 1])

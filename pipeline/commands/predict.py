@@ -30,7 +30,7 @@ EXAMPLES = 512
 def run(config: Predict, show: Show) -> dict[str, Any]:
     """The command `predict`."""
     device = pick(config.device)
-    found = runs.find(config.store, config.run, config.task)
+    found = runs.find(config.store.home, config.run, config.task)
     task = found.task
     if sum(given is not None for given in (config.text, config.file, config.split)) != 1:
         raise Refused("give one of TEXT (and TEXT_PAIR for a pair), FILE=in.jsonl, or SPLIT of the cache")

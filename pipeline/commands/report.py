@@ -11,11 +11,11 @@ from store.errors import Refused
 
 def run(config: Report, show: Show) -> dict[str, Any]:
     """The command `report`."""
-    data = report.gather(config.store)
+    data = report.gather(config.store.home)
     if not data["tasks"]:
         why = f"; {data['damaged'][0]}" if data["damaged"] else ""
-        raise Refused(f"there are no runs under {config.store}; `readcache train` or `sweep` makes some{why}")
-    made = {"html": config.store / "report.html", "markdown": config.store / "report.md"}
+        raise Refused(f"there are no runs under {config.store.home}; `readcache train` or `sweep` makes some{why}")
+    made = {"html": config.store.home / "report.html", "markdown": config.store.home / "report.md"}
     files.write(made["html"], report.html(data).encode())
     files.write(made["markdown"], report.markdown(data).encode())
     best = {name: task["runs"][0] for name, task in data["tasks"].items()}

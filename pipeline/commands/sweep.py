@@ -26,7 +26,7 @@ def run(config: Sweep, show: Show) -> dict[str, Any]:
         raise Refused("a sweep trains heads each with a READ of its own; leave read.shared out")
     grids = grid.read(config.grid)
     grid.check(config, grids)
-    writer.check_writable(config.store / "sweeps")
+    writer.check_writable(config.store.home / "sweeps")
     seconds: dict[str, float] = {}
     known = _known(config)
     if config.trials is None:
@@ -42,7 +42,7 @@ def run(config: Sweep, show: Show) -> dict[str, Any]:
             return [row["choose"] for row in made]
 
         name = _name(config, grids)
-        path = config.store / "sweeps" / f"{name}.sqlite"
+        path = config.store.home / "sweeps" / f"{name}.sqlite"
         found = propose.propose(
             path, name, grids[0], config.trials, config.width, config.seed, score,
             lambda done, trials: show.line(f"study {name} in {path}: {done} of {trials} trials are there"),
@@ -55,7 +55,7 @@ def run(config: Sweep, show: Show) -> dict[str, Any]:
 def _known(config: Sweep) -> dict[str, dict[str, Any]]:
     """The runs that are there, by what fixes them."""
     needed = {"key", "choose", "metrics", "linear_probe", "trainable_parameters"}
-    every = (found for found in runs.listing(config.store) if not isinstance(found, Damaged))
+    every = (found for found in runs.listing(config.store.home) if not isinstance(found, Damaged))
     return {found.told["key"]: found.told | {"path": str(found.path)} for found in every if needed <= set(found.told)}
 
 

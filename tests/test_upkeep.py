@@ -1,0 +1,626 @@
+"""A store looked after, as a user types it: verify, repair, explain, du, gc, pins, push and pull, reuse, several stores."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import sentence, write_rows
+from test_commands import FAST, call, said  # noqa: F401
+from test_writer import content
+
+import pipeline
+import store
+from pipeline import recipe
+from pipeline.commands import extract as command
+from pipeline.commands.plan import prepare
+from pipeline.config import Extract
+from pipeline.show import Show
+from stages import extract
+from stages.backbone import Backbone
+from store import leases, verify, writer
+
+ROOT = Path(pipeline.__file__).parents[1]
+
+
+@pytest.fixture
+def asked(said, monkeypatch):  # noqa: F811
+    """An extraction in many chunks."""
+    monkeypatch.setattr(recipe, "CHUNK_BYTES", 20_000)
+    return said | {"tokens": "all", "splits": "train"}
+
+
+@pytest.fixture
+def made(capfd, asked):
+    """Its cache, and the bytes that were published."""
+    path = asked["store"] / "caches" / call(capfd, "extract", **asked)["splits"]["train"]["fingerprint"]
+    return path, content(path)
+
+
+def no_backbone(patch):
+    patch.setattr(Backbone, "__init__", lambda *a, **k: pytest.fail("the backbone was loaded"))
+
+
+def spoil(path, harm):
+    data = path.read_bytes()
+    if harm == "missing":
+        path.unlink()
+    elif harm == "link":
+        path.rename(path.with_name("aside"))
+        path.symlink_to(path.with_name("aside"))
+    elif harm == "extra":
+        (path.parent / "c.77.0.0").write_bytes(b"x")
+    else:
+        half = len(data) // 2
+        flipped = data[:half] + bytes([data[half] ^ 4]) + data[half + 1 :]
+        path.write_bytes({"truncated": data[:-1], "zero": b"", "flipped": flipped}[harm])
+
+
+HARMS = ["missing", "truncated", "zero", "flipped", "extra", "link"]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_harm_in_every_place_is_listed_and_mended_to_the_same_bytes(capfd, asked, made, monkeypatch, harm):
+    """One object after the other; only what is damaged is built again."""
+    path, whole = made
+    rebuilt, original = [], writer.write_chunk
+    monkeypatch.setattr(writer, "write_chunk", lambda folder, n, *more: rebuilt.append(n) or original(folder, n, *more))
+    for place in sorted(set(whole) - {"manifest.json"}):
+        rebuilt.clear()
+        spoil(path / place, harm)
+        found = call(capfd, "verify", "--store", str(asked["store"]), as_listed=True)
+        expected = {str(Path(place).parent / "c.77.0.0").removeprefix("./")} if harm == "extra" else {place}
+        expected |= {str(Path(place).parent / "aside").removeprefix("./")} if harm == "link" else set()
+        assert {fault["place"] for fault in found["faults"]} == expected
+        told = call(capfd, "repair", **asked)["splits"]["train"]
+        assert set(told["damaged"]) == set(told["mended"]) == expected
+        assert content(path) == whole, place
+        chunk = place.startswith("encoder/values/c.") and harm != "extra"
+        assert rebuilt == ([int(place.split("/c.")[1].split(".")[0])] if chunk else [])
+    assert call(capfd, "verify", store=asked["store"])["faults"] == []
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "zero", "flipped", "link"])
+def test_a_damaged_manifest_is_mended_too(capfd, asked, made, harm):
+    path, whole = made
+    spoil(path / "manifest.json", harm)
+    assert call(capfd, "verify", "--store", str(asked["store"]), as_listed=True)["faults"]
+    call(capfd, "repair", **asked)
+    assert content(path) == whole
+
+
+def test_all_that_is_wrong_is_listed_past_the_first(capfd, asked, made):
+    path, whole = made
+    for place, harm in (("encoder/values/c.0.0.0", "flipped"), ("encoder/values/c.2.0.0", "missing"), ("zarr.json", "zero")):
+        spoil(path / place, harm)
+    (path.parent / ("0" * 64)).mkdir()
+    found = call(capfd, "verify", "--store", str(asked["store"]), as_listed=True)["faults"]
+    assert {fault["place"] for fault in found} == {
+        "encoder/values/c.0.0.0",
+        "encoder/values/c.2.0.0",
+        "zarr.json",
+        "manifest.json",
+    }
+    told = call(capfd, "repair", **asked)["splits"]["train"]
+    assert len(told["mended"]) == 3 and content(path) == whole
+
+
+def test_another_store_that_has_it_whole_mends_it_without_the_backbone(capfd, asked, made, tmp_path, monkeypatch):
+    path, whole = made
+    call(capfd, "push", store=asked["store"], to=tmp_path / "other", cache=path.name[:9])
+    spoil(path / "encoder/values/c.1.0.0", "flipped")
+    spoil(path / "examples/columns/label/c.0", "missing")
+    no_backbone(monkeypatch)
+    call(capfd, "repair", **asked | {"store": f"{asked['store']},{tmp_path / 'other'}"})
+    assert content(path) == whole
+
+
+def test_what_is_damaged_in_the_other_store_too_is_not_copied_from_there(capfd, asked, made, tmp_path):
+    path, whole = made
+    call(capfd, "push", store=asked["store"], to=tmp_path / "other", cache="all")
+    for place in (path, tmp_path / "other" / "caches" / path.name):
+        spoil(place / "encoder/values/c.1.0.0", "flipped")
+    call(capfd, "repair", **asked | {"store": f"{asked['store']},{tmp_path / 'other'}"})
+    assert content(path) == whole
+
+
+def test_other_hardware_does_not_mend_with_other_bits(capfd, asked, made, monkeypatch):
+    path, _ = made
+    spoil(path / "encoder/values/c.1.0.0", "flipped")
+    before = content(path)
+    select = extract.select
+    monkeypatch.setattr(extract, "select", lambda *a: [state * 1.01 for state in select(*a)])
+    error = call(capfd, "repair", **asked, status=2)["error"]
+    assert "c.1.0.0" in error and "other last bits" in error and content(path) == before
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "int4+blosc"])
+def test_recompute_tells_the_backbones_states_from_others(capfd, asked, monkeypatch, codec):
+    """Every digest is right, and the states are another model's."""
+    asked |= {"codec": codec}
+    call(capfd, "extract", **asked)
+    told = call(capfd, "verify", **asked, recompute=30)["recomputed"]["train"]
+    assert told["identical"] and told["relative"] == 0 and 30 <= told["examples"] < 120
+    select = extract.select
+    with monkeypatch.context() as patch:
+        patch.setattr(extract, "select", lambda *a: [s * (1 + 2e-6 * torch.randn_like(s)) for s in select(*a)])
+        told = call(capfd, "verify", **asked, recompute=30)["recomputed"]["train"]
+        assert not told["identical"] and 0 < told["relative"] < told["tolerance"], "last bits are not damage"
+        patch.setattr(extract, "select", lambda *a: [torch.randn_like(state) for state in select(*a)])
+        found = call(capfd, "verify", **asked, recompute=30, as_listed=True)
+    assert "off by" in found["faults"][0]["what"]
+
+
+def test_recompute_of_what_is_not_there_says_so(capfd, asked):
+    assert "has no cache of sst2, train" in call(capfd, "verify", **asked, recompute=3, status=2)["error"]
+
+
+def test_a_repair_that_cannot_read_now_takes_nothing_away(capfd, asked, made, monkeypatch):
+    """A disk that is away for a moment, or no handles left, is not damage."""
+    path, whole = made
+    opened = store.reader.open
+
+    def fails(where):
+        raise OSError(24, "Too many open files", str(where))
+
+    for place, code in (("examples/key/c.0.0", 5), ("encoder/values/c.1.0.0", 24)):
+        digest = store.objects.Folder.sha256
+
+        def away(self, asked_for, place=place, code=code, digest=digest):
+            if asked_for == place:
+                raise OSError(code, os.strerror(code))
+            return digest(self, asked_for)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store.objects.Folder, "sha256", away)
+            assert "cannot be read now" in call(capfd, "repair", **asked, status=2)["error"]
+        assert content(path) == whole
+    with monkeypatch.context() as patch:
+        patch.setattr(store.reader, "open", fails)
+        assert "cannot be read now" in call(capfd, "repair", **asked, status=2)["error"]
+    assert content(path) == whole and opened is store.reader.open
+
+
+def test_a_cache_under_another_name_is_listed_and_nothing_of_it_is_taken_away(capfd, asked, made):
+    path, whole = made
+    other = call(capfd, "extract", **asked | {"codec": "fp32"})["splits"]["train"]["fingerprint"]
+    shutil.rmtree(path)
+    (path.parent / other).rename(path)
+    before = content(path)
+    (fault,) = call(capfd, "verify", "--store", str(asked["store"]), as_listed=True)["faults"]
+    assert "under another's name" in fault["what"] and whole != before
+    assert "under another's name" in call(capfd, "repair", **asked, status=2)["error"]
+    assert content(path) == before
+
+
+def test_a_gc_beside_a_repair_leaves_the_cache_alone(capfd, asked, made, monkeypatch):
+    from store import gc, mend
+
+    path, whole = made
+    spoil(path / "encoder/values/c.1.0.0", "flipped")
+    items, put = list(gc.look(asked["store"], dict)), mend.put
+
+    def late(*arguments):
+        assert list(gc.collect(asked["store"], items, 0, dict)) == []
+        put(*arguments)
+
+    monkeypatch.setattr(mend, "put", late)
+    call(capfd, "repair", **asked)
+    assert content(path) == whole
+
+
+@pytest.mark.parametrize("harm", ["missing", "flipped"])
+def test_a_manifest_that_another_store_has_whole_is_taken_from_there(capfd, asked, made, tmp_path, monkeypatch, harm):
+    path, whole = made
+    call(capfd, "push", store=asked["store"], to=tmp_path / "other", cache="all")
+    spoil(path / "manifest.json", harm)
+    spoil(path / "encoder/values/c.0.0.0", "flipped")
+    no_backbone(monkeypatch)
+    call(capfd, "repair", **asked | {"store": f"{asked['store']},{tmp_path / 'other'}"})
+    assert content(path) == whole
+
+
+def test_every_store_is_verified_and_only_the_first_is_mended(capfd, asked, made, tmp_path):
+    path, whole = made
+    call(capfd, "push", store=asked["store"], to=tmp_path / "other", cache="all")
+    there = tmp_path / "other" / "caches" / path.name
+    spoil(there / "encoder/values/c.1.0.0", "flipped")
+    before, both = content(there), f"{asked['store']},{tmp_path / 'other'}"
+    found = call(capfd, "verify", "--store", both, as_listed=True)
+    assert found["caches"] == 2 and [fault["cache"] for fault in found["faults"]] == [str(there)]
+    call(capfd, "repair", **asked | {"store": both})
+    assert content(there) == before and content(path) == whole
+    call(capfd, "repair", **asked | {"store": f"{tmp_path / 'other'},{asked['store']}"})
+    assert content(there) == whole
+    assert "has no cache of sst2" in call(capfd, "repair", **asked | {"store": tmp_path / "empty"}, status=2)["error"]
+
+
+def test_verify_goes_on_past_a_cache_that_cannot_be_listed(capfd, asked, made):
+    from test_hostile import rewrite
+
+    path, _ = made
+    away = path.parent / ("0" * 64)
+    shutil.copytree(path, away)
+    lost = call(capfd, "extract", **asked | {"codec": "fp32"})["splits"]["train"]["fingerprint"]
+    rewrite(path.parent / lost, lambda body: body.update(write="abc"))
+    found = call(capfd, "verify", "--store", str(asked["store"]), as_listed=True)
+    assert found["caches"] == 3 and {Path(fault["cache"]).name for fault in found["faults"]} == {lost, "0" * 64}
+
+
+def test_explain_says_in_what_two_caches_differ(capfd, asked, made):
+    one = made[0].name
+    other = call(capfd, "extract", **asked | {"codec": "int8", "limit": 60})["splits"]["train"]["fingerprint"]
+    told = call(capfd, "explain", one[:12], other[:12], store=asked["store"])
+    assert told["a"] == one and told["b"] == other
+    assert {row["field"]: (row["a"], row["b"]) for row in told["differences"]} == {"codec": ("bf16", "int8"), "limit": (None, 60)}
+    assert call(capfd, "explain", one[:12], one[:12], store=asked["store"])["differences"] == []
+    assert "names 0 caches" in call(capfd, "explain", "0000", one, store=asked["store"], status=2)["error"]
+    assert "no start of a fingerprint" in call(capfd, "explain", "../x", one, store=asked["store"], status=2)["error"]
+    assert "give the starts of two" in call(capfd, "explain", one, store=asked["store"], status=2)["error"]
+
+
+def test_du_counts_what_is_there(capfd, asked, made):
+    _, whole = made
+    (held,) = call(capfd, "du", store=asked["store"])["stores"]
+    size = sum(map(len, whole.values()))
+    assert held["bytes"] == size and held["caches"][0]["caches"] == 1 and held["free_bytes"] > 0
+    trained = call(capfd, "train", **{k: v for k, v in asked.items() if k != "splits"}, **FAST)
+    (held,) = call(capfd, "du", store=asked["store"])["stores"]
+    run = asked["store"] / "runs" / "sst2" / trained["run"]
+    assert held["runs"] == sum(p.stat().st_size for p in run.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["du", "gc", "verify", "catalog"])
+def test_a_store_that_is_not_there_is_refused_and_not_made(capfd, tmp_path, verb):
+    assert "there is no store" in call(capfd, verb, store=tmp_path / "typo", status=2)["error"]
+    assert not (tmp_path / "typo").exists()
+
+
+def test_what_a_run_needs_stays_and_what_nobody_needs_goes(capfd, said):  # noqa: F811
+    trained = call(capfd, "train", **said, **FAST)
+    other = call(capfd, "extract", **said | {"codec": "fp32", "splits": "train"})["splits"]["train"]["fingerprint"]
+    told = call(capfd, "gc", store=said["store"], grace=0)
+    assert {item["fingerprint"] for item in told["items"] if item["goes"]} == {other} and not told["deleted"]
+    assert (said["store"] / "caches" / other).exists(), "it only says so"
+    assert not any(item["goes"] for item in call(capfd, "gc", store=said["store"])["items"]), "too young"
+    call(capfd, "pin", store=said["store"], cache=other[:9], name="paper", why="table 2")
+    assert not any(item["goes"] for item in call(capfd, "gc", store=said["store"], grace=0)["items"])
+    listed = {cache["fingerprint"]: cache["pins"] for cache in call(capfd, "catalog", store=said["store"])["caches"]}
+    assert listed[other] == ["paper"]
+    call(capfd, "unpin", store=said["store"], cache=other[:9], name="paper")
+    assert "has no pin" in call(capfd, "unpin", store=said["store"], cache=other[:9], name="paper", status=2)["error"]
+    done = call(capfd, "gc", "--delete", store=said["store"], grace=0)["done"]
+    assert [(item["fingerprint"], item["what"]) for item in done] == [(other, "moved to the trash")]
+    assert call(capfd, "evaluate", run=trained["run"], store=said["store"])["metrics"] == trained["metrics"]
+
+
+@pytest.mark.parametrize("harm", ["truncated", "no fingerprints"])
+def test_gc_takes_nothing_while_a_run_cannot_be_read(capfd, said, harm):  # noqa: F811
+    trained = call(capfd, "train", **said, **FAST)
+    path = said["store"] / "runs/sst2" / trained["run"] / "run.json"
+    text = path.read_text()
+    path.write_text(text[:100] if harm == "truncated" else json.dumps(json.loads(text) | {"fingerprints": None}))
+    error = call(capfd, "gc", "--delete", store=said["store"], grace=0, status=2)["error"]
+    assert trained["run"] in error and "cannot tell which caches it needs" in error
+    assert len(list((said["store"] / "caches").iterdir())) == 2
+    assert not (said["store"] / "trash").exists()
+
+
+def test_a_cache_whose_rows_were_copied_is_held_by_the_one_that_has_them(capfd, asked, made, grown):
+    name = call(capfd, "extract", **asked | {"data": grown, "reuse": True})["splits"]["train"]["fingerprint"]
+    call(capfd, "pin", store=asked["store"], cache=name[:9], name="paper")
+    items = {item["fingerprint"]: item for item in call(capfd, "gc", "--delete", store=asked["store"], grace=0)["items"]}
+    assert items[made[0].name]["held"] == [f"cache {name[:12]}, which has rows of it"] and made[0].exists()
+
+
+def test_a_held_cache_in_the_trash_is_never_deleted_for_what_lies_in_its_place(capfd, asked, made):
+    path, whole = made
+    call(capfd, "pin", store=asked["store"], cache=path.name[:9], name="paper")
+    from store import trash
+
+    entry = trash.throw(asked["store"], path.name)
+    (path / "encoder").mkdir(parents=True)
+    (path / "encoder" / "x").write_bytes(b"x")
+    for _ in range(2):
+        call(capfd, "gc", "--delete", store=asked["store"], grace=0)
+        assert content(asked["store"] / "trash" / entry.name / path.name) == whole
+    shutil.rmtree(path)
+    call(capfd, "gc", "--delete", store=asked["store"], grace=0)
+    assert content(path) == whole
+
+
+def test_what_the_dead_left_goes_too(capfd, asked, made):
+    left = [asked["store"] / name for name in ("training/x.safetensors", "runs/sst2/.abcd/run.json", "trash/ab/moved.json")]
+    for path in left:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x" * 1000)
+    os.utime(left[2], (0, 0))
+    assert call(capfd, "du", store=asked["store"])["stores"][0]["training"] == 1000
+    call(capfd, "gc", "--delete", store=asked["store"])
+    assert all(path.exists() for path in left[:2]), "too young"
+    call(capfd, "gc", "--delete", store=asked["store"], grace=0)
+    assert not any(path.exists() or (path.parent.name in (".abcd", "ab") and path.parent.exists()) for path in left)
+
+
+def test_what_is_in_the_trash_is_not_extracted_again(capfd, asked, made, monkeypatch):
+    path, whole = made
+    call(capfd, "gc", "--delete", store=asked["store"], grace=0)
+    assert not path.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(extract, "rows", lambda *a: pytest.fail("it was extracted again"))
+        call(capfd, "extract", **asked)
+    assert content(path) == whole
+    assert not list((asked["store"] / "leases").glob("*/*"))
+    call(capfd, "gc", "--delete", store=asked["store"], grace=0)
+    spoil(next((asked["store"] / "trash").rglob("c.1.0.0")), "flipped")
+    call(capfd, "extract", **asked)
+    assert content(path) == whole, "what is damaged there does not come back"
+
+
+def test_one_reads_through_and_writes_at_home(capfd, said, tmp_path, monkeypatch):  # noqa: F811
+    shared, mine = tmp_path / "shared", tmp_path / "mine"
+    call(capfd, "extract", **said | {"store": shared})
+    before = content(shared)
+    both = said | {"store": f"{mine},{shared}"}
+    with monkeypatch.context() as patch:
+        no_backbone(patch)
+        trained = call(capfd, "train", **both, **FAST)
+    assert not (mine / "caches").exists() and (mine / "runs" / "sst2" / trained["run"]).is_dir()
+    assert call(capfd, "evaluate", run=trained["run"], store=both["store"])["metrics"] == trained["metrics"]
+    made = call(capfd, "extract", **both | {"codec": "fp32", "splits": "train"})["splits"]["train"]["fingerprint"]
+    assert (mine / "caches" / made).is_dir() and not (shared / "caches" / made).exists()
+    listed = {cache["fingerprint"]: cache["store"] for cache in call(capfd, "catalog", store=both["store"])["caches"]}
+    assert set(listed.values()) == {str(mine), str(shared)} and listed[made] == str(mine)
+    held = {place: data for place, data in content(shared).items() if not place.startswith("pins/")}
+    assert held == before
+    names = {item["fingerprint"]: item["held"] for item in call(capfd, "gc", store=shared, grace=0)["items"]}
+    assert all(names[fingerprint] == [f"pin run-{trained['run']}"] for fingerprint in trained["fingerprints"].values())
+    error = call(capfd, "train", **said | {"store": f"{mine},{tmp_path / 'typo'}"}, status=2)["error"]
+    assert f"{tmp_path / 'typo'} is to be read from, and is not there" in error
+
+
+def test_a_mirror_is_copied_once_and_read_at_home(capfd, said, tmp_path):  # noqa: F811
+    shared, mine = tmp_path / "shared", tmp_path / "mine"
+    made = call(capfd, "extract", **said | {"store": shared})["splits"]
+    both = said | {"store": f"{mine},{shared}", "set": "reading.mirror=true"}
+    trained = call(capfd, "train", **both, **FAST)
+    for split in ("train", "validation"):
+        name = made[split]["fingerprint"]
+        assert content(mine / "caches" / name) == content(shared / "caches" / name)
+    shutil.rmtree(shared / "caches")
+    again = call(capfd, "train", "--no-extract", **both, **FAST)
+    assert again["metrics"] == trained["metrics"]
+
+
+def test_push_and_pull_copy_what_is_asked_for_and_refuse_what_is_damaged(capfd, asked, made, tmp_path):
+    path, whole = made
+    told = call(capfd, "pull", source=asked["store"], store=tmp_path / "other", cache="all")
+    assert [item["fingerprint"] for item in told["caches"]] == [path.name]
+    assert content(tmp_path / "other" / "caches" / path.name) == whole
+    spoil(path / "encoder/values/c.1.0.0", "flipped")
+    error = call(capfd, "push", store=asked["store"], to=tmp_path / "third", cache=path.name[:8], status=2)["error"]
+    assert "c.1.0.0" in error and not (tmp_path / "third" / "caches").exists()
+    for wrong, expected in (({}, "give CACHE="), ({"cache": "x"}, "no start of"), ({"cache": "all", "to": None}, "give TO=")):
+        assert expected in call(capfd, "push", **{"store": asked["store"], "to": tmp_path / "t"} | wrong, status=2)["error"]
+    assert "none that can be listed" in call(capfd, "push", store=asked["store"], to="ftp://x", cache="all", status=2)["error"]
+
+
+@pytest.fixture
+def grown(tmp_path, reviews):
+    """The data, with sixty rows more in front, and eight that are in the validation split too."""
+    folder = shutil.copytree(reviews, tmp_path / "grown")
+    rows = [json.loads(line) for line in (folder / "sst2/train.jsonl").read_text().splitlines()]
+    new = [{"sentence": s, "label": y, "idx": 1000 + n} for n, (s, y) in enumerate(map(sentence, range(500, 560)))]
+    write_rows(folder / "sst2/train.jsonl", new + rows)
+    return folder
+
+
+@pytest.mark.parametrize("tokens", ["all", "mean", "first+mean"])
+def test_rows_that_another_cache_has_are_copied_and_the_manifest_says_so(capfd, asked, grown, monkeypatch, tokens):
+    asked |= {"tokens": tokens}
+    one = asked["store"] / "caches" / call(capfd, "extract", **asked)["splits"]["train"]["fingerprint"]
+    grew = asked | {"data": grown}
+    assert call(capfd, "plan", **grew)["splits"]["train"]["reused"] == 0, "off by default"
+    planned = call(capfd, "plan", "--reuse", **grew)["splits"]["train"]
+    rows, original = [], extract.rows
+    monkeypatch.setattr(
+        extract, "rows", lambda b, inputs, *more: rows.append(len(inputs["input_ids"])) or original(b, inputs, *more)
+    )
+    made = call(capfd, "extract", "--reuse", **grew)["splits"]["train"]
+    assert planned["fingerprint"] == made["fingerprint"] == call(capfd, "plan", **grew)["splits"]["train"]["fingerprint"]
+    there, cache = store.open(one), store.open(asked["store"] / "caches" / made["fingerprint"])
+    which = cache.table("copied_from")
+    keys = {key.tobytes(): number for number, key in enumerate(there.table("key"))}
+    assert made["reused"] == planned["reused"] == (which == 0).sum() >= 120 and sum(rows) == 180 - made["reused"]
+    assert cache.manifest.reused == ((one.name, made["reused"]),)
+    for example, key in enumerate(cache.table("key")):
+        assert (key.tobytes() in keys) == (which[example] == 0)
+        if which[example] == 0:
+            assert np.array_equal(cache.rows(example), there.rows(keys[key.tobytes()]))
+    plain = call(capfd, "extract", **grew | {"store": str(asked["store"]) + "-plain"})["splits"]["train"]
+    computed = store.open(Path(str(asked["store"]) + "-plain") / "caches" / plain["fingerprint"])
+    assert computed.fingerprint == cache.fingerprint
+    for example in range(180):
+        np.testing.assert_allclose(cache.rows(example), computed.rows(example), rtol=2e-2, atol=2e-2)
+    assert call(capfd, "verify", **grew, recompute=50)["faults"] == []
+
+
+def test_a_reused_cache_is_resumed_and_mended_from_where_its_rows_came(capfd, asked, made, grown, monkeypatch):
+    grew = asked | {"data": grown, "reuse": True}
+    original = writer.write_chunk
+
+    def dies(folder, number, *more):
+        if number == 2:
+            raise OSError(28, "No space left on device")
+        return original(folder, number, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_chunk", dies)
+        assert "No space left" in call(capfd, "extract", **grew, status=2)["error"]
+    name = call(capfd, "extract", **grew)["splits"]["train"]["fingerprint"]
+    path = asked["store"] / "caches" / name
+    whole = content(path)
+    undisturbed = Path(str(asked["store"]) + "-undisturbed")
+    shutil.copytree(made[0], undisturbed / "caches" / made[0].name)
+    call(capfd, "extract", **grew | {"store": undisturbed})
+    assert content(undisturbed / "caches" / name) == whole
+    for place in ("encoder/values/c.0.0.0", "encoder/values/c.3.0.0", "examples/copied_from/c.0"):
+        spoil(path / place, "flipped")
+        call(capfd, "repair", **asked | {"data": grown})
+        assert content(path) == whole, place
+    shutil.move(made[0], asked["store"].parent / "gone")
+    spoil(path / "encoder/values/c.0.0.0", "flipped")
+    assert "from which rows were copied, is not under" in call(capfd, "repair", **asked | {"data": grown}, status=2)["error"]
+
+
+def test_a_damaged_source_of_rows_stops_the_copy(capfd, asked, made, grown):
+    spoil(made[0] / "encoder/values/c.1.0.0", "flipped")
+    error = call(capfd, "extract", **asked | {"data": grown, "reuse": True}, status=2)["error"]
+    assert "c.1.0.0" in error and "were to be copied" in error
+    assert not list((asked["store"] / "leases").glob("*/*"))
+    (made[0] / "encoder/values/c.1.0.0").unlink()
+    assert call(capfd, "extract", **asked | {"data": grown, "reuse": True})["splits"]["train"]["reused"] == 0, "passed over"
+
+
+def test_rows_of_another_backbone_are_never_copied(capfd, asked, made, tmp_path, grown):
+    from conftest import save_bert
+
+    other = save_bert(tmp_path / "other", seed=1)
+    for different in ({"backbone": other}, {"tokens": "mean"}, {"layers": "1,3"}, {"codec": "fp32"}):
+        assert call(capfd, "plan", "--reuse", **asked | {"data": grown} | different)["splits"]["train"]["reused"] == 0
+    for same in ({"max_length": 30}, {"order_seed": 3}, {"limit": 150}):
+        assert call(capfd, "plan", "--reuse", **asked | {"data": grown} | same)["splits"]["train"]["reused"] > 90
+
+
+def test_reuse_and_dask_do_not_go_together(capfd, asked):
+    assert "leave one of them out" in call(capfd, "extract", "--reuse", **asked, dask="tcp://127.0.0.1:1", status=2)["error"]
+
+
+class Lines(Show):
+    """Remembers what it shows."""
+
+    def __init__(self):
+        super().__init__(to_stderr=True)
+        self.lines = []
+
+    def line(self, text):
+        self.lines.append(text)
+
+
+def extraction(asked, **more):
+    return Extract(**asked | {"backbone": str(asked["backbone"])} | more)
+
+
+@pytest.mark.parametrize("no_wait", [False, True])
+def test_of_two_who_extract_the_same_one_waits_and_says_for_whom(asked, monkeypatch, no_wait):
+    monkeypatch.setattr(command, "POLL", 0.05)
+    monkeypatch.setattr(leases, "BEAT", 0.05)
+    monkeypatch.setattr(command, "TOLD", 0.1)
+    config = extraction(asked, no_wait=no_wait)
+    planned = prepare(config)
+    shows, built, original, paths = [Lines(), Lines()], [], writer.write_chunk, []
+
+    def slow(folder, number, *more):
+        built.append(number)
+        time.sleep(0.1)
+        return original(folder, number, *more)
+
+    monkeypatch.setattr(writer, "write_chunk", slow)
+
+    def run(show):
+        backbone = Backbone(planned.checkpoint.path, planned.anatomy, torch.device("cpu"))
+        paths.append(command.publish_split(config, planned, "train", planned.parts["train"], backbone, show))
+
+    threads = [threading.Thread(target=run, args=(show,)) for show in shows]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.15)
+    for thread in threads:
+        thread.join()
+    chunks = planned.parts["train"].build.placement.chunks
+    assert paths[0] == paths[1] and not list(verify.faults(paths[0]))
+    waiting = [line for line in shows[1].lines if f"{leases.me()['who']} is extracting this" in line]
+    if no_wait:
+        assert waiting == [] and len(built) > chunks
+    else:
+        assert len(built) == chunks and any("%" in line for line in waiting)
+    assert not list((config.store.home / "leases").glob("*/*")) and not list((config.store.home / "building").glob("*/*"))
+
+
+def test_extractors_that_disagree_keep_the_first_and_say_by_how_much(asked, monkeypatch):
+    config = extraction(asked, no_wait=True)
+    planned, show = prepare(config), Lines()
+    backbone = Backbone(planned.checkpoint.path, planned.anatomy, torch.device("cpu"))
+    select, publish = extract.select, writer.publish
+
+    def late(root, folder, done):
+        """Another machine was faster."""
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "publish", publish)
+            patch.setattr(extract, "select", lambda *a: [state * 1.02 for state in select(*a)])
+            patch.setattr(command, "signature", lambda device: "another machine")
+            late.path = command.publish_split(config, planned, "train", planned.parts["train"], backbone, Lines())
+            late.bytes = content(late.path)
+        return publish(root, folder, done)
+
+    monkeypatch.setattr(writer, "publish", late)
+    path = command.publish_split(config, planned, "train", planned.parts["train"], backbone, show)
+    assert path == late.path and content(path) == late.bytes
+    (line,) = [line for line in show.lines if "meanwhile" in line]
+    assert "states by" in line and "relatively by 0.0" in line and "stays, and is used" in line
+
+
+EXTRACT = """
+import itertools, os, signal, sys, time
+import pipeline.__main__ as cli
+from pipeline import recipe
+from pipeline.commands import extract
+from store import leases, writer
+
+recipe.CHUNK_BYTES = 20_000
+leases.BEAT, leases.EXPIRES, extract.POLL = 0.1, float(sys.argv[1]), 0.1
+count, write = itertools.count(), writer.write_chunk
+
+def counted(*arguments):
+    found = write(*arguments)
+    if next(count) == int(sys.argv[2]):
+        os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+    return found
+
+writer.write_chunk = counted
+cli.main(sys.argv[4:])
+"""
+
+
+def extractor(asked, expires, chunk, end):
+    words = ["extract", *(word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value)))]
+    argv = [sys.executable, "-c", EXTRACT, str(expires), str(chunk), end, *words]
+    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ))
+
+
+def test_an_extraction_that_was_killed_is_gone_on_with_and_one_that_was_stopped_ends_the_same(capfd, asked, tmp_path):
+    undisturbed = asked | {"store": tmp_path / "undisturbed"}
+    whole = content(undisturbed["store"] / "caches" / call(capfd, "extract", **undisturbed)["splits"]["train"]["fingerprint"])
+    killed = extractor(asked, 60, 1, "SIGKILL")
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    stopped = extractor(asked, 0.5, 0, "SIGSTOP")
+    assert os.WIFSTOPPED(os.waitpid(stopped.pid, os.WUNTRACED)[1])
+    time.sleep(0.7)
+    third = extractor(asked, 0.5, 99, "SIGKILL")
+    out, _ = third.communicate(timeout=60)
+    assert third.returncode == 0 and "resuming, 3 of" in out, out
+    (path,) = (asked["store"] / "caches").iterdir()
+    assert content(path) == whole
+    stopped.send_signal(signal.SIGCONT)
+    out, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == 0, out
+    assert content(path) == whole and list((asked["store"] / "building").iterdir()) == []
