@@ -10,6 +10,7 @@ from pipeline import track
 from pipeline.config import Train
 from pipeline.show import Meter, Show
 from stages.tasks import Task
+from store import files
 
 LEADERS = 5
 """heads of the small table"""
@@ -31,12 +32,12 @@ class Board:
 
     def __enter__(self) -> "Board":
         first = self.configs[0]
-        folder = first.store / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = first.store.home / "logs"
+        files.make(folder)
         stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{self.tasks[0].name}"
         self.path = next(path for n in range(10**6) if not (path := folder / f"{stem}{f'-{n}' if n else ''}.jsonl").exists())
         self.file = self.path.open("x")
-        self.tracker = track.TRACKERS[first.track](first.store)
+        self.tracker = track.TRACKERS[first.track](first.store.home)
         if len(self.configs) > 1:
             self._progress = self.show.progress("training", self.total, "examples")
             self.meter = self._progress.__enter__()

@@ -15,8 +15,9 @@ from stages.heads import Head
 from stages.loader import Loader, at_once
 from stages.shape import Shape, build, count
 from stages.stack import stacks
+from stages.standing import Keeper
 from stages.tasks import labelled
-from stages.train import Learner, Schedule, Trained, hold_out, train
+from stages.train import NOWHERE, Learner, Schedule, Trained, hold_out, train
 from store.errors import Refused
 
 EVALUATION_BATCH = 256
@@ -131,17 +132,20 @@ def fit(
     seed: int,
     told: Callable[[int, dict[str, Any]], None] = lambda number, line: None,
     seen: Callable[[int], None] = lambda examples: None,
+    keeper: Keeper = NOWHERE,
 ) -> list[Fitted]:
     """Train heads from one stream, keep of each its best epoch, score it. One without parameters (label words on the final state)
     is scored as it is, and one that found no number for its loss is not scored.
 
     opened: of each its task and its labels by split, on the same caches; a split that is none of theirs is scored by its loader's
-    labels. seed: of the order of batches.
+    labels. seed: of the order of batches. keeper: as `stages.train` has it.
     """
     taught = [number for number, each in enumerate(learners) if count(each.head)]
     outcomes = [Trained(0, {}, []) for _ in learners]
     if taught:
-        some = train([learners[n] for n in taught], loaded.fit, loaded.choose, seed, lambda m, line: told(taught[m], line), seen)
+        some = train(
+            [learners[n] for n in taught], loaded.fit, loaded.choose, seed, lambda m, line: told(taught[m], line), seen, keeper
+        )
         for number, outcome in zip(taught, some, strict=True):
             outcomes[number] = outcome
             learners[number].head.load_state_dict(outcome.weights or learners[number].head.state_dict())

@@ -19,7 +19,21 @@ COSTS = {"trainable_parameters": "trainable parameters", "seconds": "seconds", "
 LISTED = 100
 """runs a task in the Markdown file"""
 
-OF_PLACE = {"store", "device", "dask", "task", "data", "backbone", "track", "seeds", "no_extract", "cache", "label"}
+OF_PLACE = {
+    "store",
+    "reuse",
+    "no_wait",
+    "device",
+    "dask",
+    "task",
+    "data",
+    "backbone",
+    "track",
+    "seeds",
+    "no_extract",
+    "cache",
+    "label",
+}
 """options that make no other run of the same task"""
 
 TOLD = ("cell", "hidden", "pool", "head", "lr", "batch", "epochs", "seed", "tokens", "codec", "layers")

@@ -7,7 +7,6 @@
 """
 
 import json
-import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 
 from stages.heads import Head
 from stages.shape import Shape, build
@@ -43,16 +43,17 @@ class Run(NamedTuple):
 def save(root: Path, task: Task, name: str, shape: Shape, head: Head, told: dict[str, Any], curve: list[Any]) -> Path:
     """Write a run's folder beside and rename it into place; returns its path. The name gets a suffix if it is taken."""
     folder = root / "runs" / task.name / f".{secrets.token_hex(4)}"
-    files.write(folder / "read_config.json", _text(asdict(shape)))
-    files.write(folder / "read_model.safetensors", safetensors.torch.save(head.state_dict()))
-    files.write(folder / "curve.jsonl", "".join(json.dumps(line) + "\n" for line in curve).encode())
+    files.make(folder.parent, sync=True)
+    files.put(folder / "read_config.json", _text(asdict(shape)))
+    files.put(folder / "read_model.safetensors", safetensors.torch.save(head.state_dict()))
+    files.put(folder / "curve.jsonl", "".join(json.dumps(line) + "\n" for line in curve).encode())
     for attempt in range(1000):
         path = folder.with_name(name + (f"-{attempt}" if attempt else ""))
         if path.exists():
             continue
         files.write(folder / "run.json", _text({"run": path.name} | told | {"task_definition": asdict(task)}))
         try:
-            os.rename(folder, path)
+            files.rename(folder, path)
         except OSError:
             continue
         files.sync_folder(path.parent)
@@ -96,6 +97,8 @@ def open_run(path: Path) -> Run:
     try:
         told = json.loads((path / "run.json").read_bytes())
         missing = {"fingerprints", "task_definition", "recipe", "metrics", "config", "backbone"} - set(told)
+        if not missing and not isinstance(told["fingerprints"], dict):
+            raise ValueError(f"fingerprints is {told['fingerprints']!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"run {path} has no run.json that reads ({type(error).__name__}: {error}); train again") from None
     if missing:
@@ -114,8 +117,16 @@ def curve(run: Run) -> list[dict[str, Any]]:
 def load_head(run: Run) -> Head:
     """The trained head of a run. Raises Damaged where shape and weights do not fit to the last name."""
     try:
-        head = build(load_shape(run))
-        head.load_state_dict(safetensors.torch.load_file(run.path / "read_model.safetensors"), strict=True)
+        shape, path = load_shape(run), run.path / "read_model.safetensors"
+        with torch.device("meta"):  # what the shape says is compared with what is there before anything of its size is made
+            asked = {name: tuple(value.shape) for name, value in build(shape).state_dict().items()}
+        with safe_open(path, "pt") as file:
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        if asked != there:
+            name = next(name for name in sorted(asked.keys() | there.keys()) if asked.get(name) != there.get(name))
+            raise ValueError(f"{name} is {there.get(name)}, and by read_config.json {asked.get(name)}")
+        head = build(shape)
+        head.load_state_dict(safetensors.torch.load_file(path), strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise Damaged(f"run {run.path} does not load ({reason}); train again") from None

@@ -4,7 +4,7 @@ import json
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +15,16 @@ from pipeline import fitting, runs, track
 from pipeline.board import Board
 from pipeline.config import Train
 from pipeline.opening import Opened, check, label_words, open_caches, shape_of
+from pipeline.resume import Resume
 from pipeline.show import Show
 from stages.device import pick
 from stages.listening import listening
 from stages.shape import Shape, count
 from stages.tasks import labelled
-from store import writer
+from store import leases, pins, writer
 from store.errors import Refused
 from store.fingerprint import fingerprint
+from store.stores import root_of
 
 OF_HEADS = ("cell", "hidden", "pool", "epochs", "lr", "seed", "seeds", "read", "schedule", "batch", "reading", "track")
 """fields that say nothing of which caches are read"""
@@ -95,7 +97,7 @@ def open_all(configs: Sequence[Train], show: Show, seconds: dict[str, float]) ->
     for config, task in zip(configs, tasks, strict=True):
         track.check(config.track)
         for folder in ("runs/" + task.name, "logs"):
-            writer.check_writable(config.store / folder)
+            writer.check_writable(config.store.home / folder)
     called = {config.task: task.name for config, task in zip(configs, tasks, strict=True)}
     if len(set(called.values())) < len(called):
         raise Refused(f"several tasks are called {max(called.values(), key=list(called.values()).count)!r}: give each a `name:`")
@@ -148,15 +150,37 @@ def _pass(asked: list[Asked], show: Show, seconds: dict[str, float]) -> list[dic
             if (same := _labels(each)) not in plain:
                 plain[same] = fitting.plain(each.opened, loaded, each.shape)
     board = Board(show, [each.config for each in asked], [each.opened.task for each in asked], len(loaded.fit))
-    with clock(seconds, "train"), board:
-        fitted = fitting.fit(learners, opened, loaded, first.seed, board.told, board.seen)
+    keeper = Resume(first.config.store.home, fingerprint({"heads": [each.key for each in asked], "seed": first.seed}))
+    with clock(seconds, "train"), board, using(asked):
+        if standing := keeper.load():
+            show.line(f"going on after epoch {standing.numbers['epoch']}, where this training was interrupted")
+        fitted = fitting.fit(learners, opened, loaded, first.seed, board.told, board.seen, keeper)
     for name, one in zip(board.names, fitted, strict=True):
         if one.outcome.lost and one.metrics:
             show.line(f"{name}: the loss was no number in epoch {one.outcome.lost}; epoch {one.outcome.epoch} is kept; lower LR")
-    return [
+    documents = [
         saved(each, one, plain[_labels(each)], loaded, seconds, access.how, len(asked))
         for each, one in zip(asked, fitted, strict=True)
     ]
+    keeper.done()
+    return documents
+
+
+@contextmanager
+def using(asked: Sequence[Asked]) -> Iterator[None]:
+    """Say that the caches are in use, so that nobody's `gc` takes them."""
+    places = dict.fromkeys(cache.where for each in asked for cache in each.opened.caches.values())
+    with leases.using(*places):
+        yield
+
+
+def _pin(home: Path, opened: Opened, run: str) -> None:
+    """Hold the caches that lie in other stores, whose `gc` does not see our runs; where that cannot be, it is not."""
+    for cache in opened.caches.values():
+        root = root_of(cache.where)
+        if root != home:
+            with suppress(OSError, Refused):
+                pins.pin(root, cache.fingerprint, f"run-{run}", str(home.resolve()))
 
 
 def _labels(each: Asked) -> str:
@@ -220,7 +244,8 @@ def saved(
         "versions": {name: metadata.version(name) for name in ("torch", "numpy", "scikit-learn", "safetensors")},
     }
     name = runs.new_name(shape, recipe["tokens"], config.seed)
-    path = runs.save(config.store, task, name, shape, fitted.head.cpu(), told, curve)
+    path = runs.save(config.store.home, task, name, shape, fitted.head.cpu(), told, curve)
+    _pin(config.store.home, opened, path.name)
     return {"run": path.name, "path": str(path)} | document
 
 

@@ -16,9 +16,12 @@ from stages.loader import Loader
 from stages.optimise import AdamW
 from stages.shape import Shape
 from stages.stack import Stack, stacks
+from stages.standing import Keeper, Nowhere, Standing, of_stack, to_stack
 from stages.tasks import Task, labelled
 from store.errors import Refused
 from store.order import shuffled
+
+NOWHERE = Nowhere()
 
 
 @dataclass(frozen=True)
@@ -120,12 +123,14 @@ def train(
     seed: int,
     told: Callable[[int, dict[str, Any]], None] = lambda number, line: None,
     seen: Callable[[int], None] = lambda examples: None,
+    keeper: Keeper = NOWHERE,
 ) -> list[Trained]:
     """Train all on the batches of `fit`; of each keep the epoch that scores best on `choose`, by its task's first metric.
 
     A head learns as it would alone, from the same batches. One that stops, or whose loss was no number in an epoch, costs nothing
     in those after it. seed: of the order of batches. told: called with each line of a learner's curve as it comes. seen: with how
-    many examples were gone through. Repeats exactly on a CPU with the same seeds and threads.
+    many examples were gone through. keeper: where the standing between epochs is kept, and gone on from. Repeats exactly on a CPU
+    with the same seeds and threads, however often it was killed.
     """
     outcomes = [Trained(0, {}, []) for _ in learners]
     best = [-math.inf] * len(learners)
@@ -134,6 +139,13 @@ def train(
     made = stacks([each.head for each in learners], [each.shape for each in learners], [each.schedule.seed for each in learners])
     groups = [_Group(which, stack, learners, columns) for which, stack in made]
     begun, epoch = time.perf_counter(), 0
+    if standing := keeper.load():
+        groups, epoch, seconds = _restore(standing, groups, outcomes, best)
+        begun -= seconds
+        for number, outcome in enumerate(outcomes):
+            for line in outcome.curve:
+                told(number, line)
+        seen(epoch * len(fit))
     while groups:
         epoch, done = epoch + 1, 0
         for group in groups:
@@ -167,7 +179,39 @@ def train(
             if len(left) < len(group.which):
                 group.keep(left)
         groups = [group for group in groups if group.which]
+        if groups and keeper.due():
+            keeper.save(_standing(groups, outcomes, best, epoch, time.perf_counter() - begun))
     return outcomes
+
+
+def _standing(groups: list[_Group], outcomes: list[Trained], best: list[float], epoch: int, seconds: float) -> Standing:
+    numbers = {
+        "epoch": epoch, "seconds": seconds, "groups": [group.which for group in groups],
+        "outcomes": [{"epoch": o.epoch, "curve": o.curve, "lost": o.lost, "best": score if o.epoch else None}
+                     for o, score in zip(outcomes, best, strict=True)],
+    }  # fmt: skip
+    tensors = {f"best.{n}.{name}": value for n, outcome in enumerate(outcomes) for name, value in outcome.weights.items()}
+    for number, group in enumerate(groups):
+        tensors |= of_stack(group.stack, group.optimiser, f"group.{number}")
+    return Standing(numbers, tensors)
+
+
+def _restore(
+    standing: Standing, groups: list[_Group], outcomes: list[Trained], best: list[float]
+) -> tuple[list[_Group], int, float]:
+    """Bring fresh groups, outcomes and best scores to where they stood; the groups that still learn, epochs and seconds gone."""
+    numbers, left = standing.numbers, []
+    for n, kept in enumerate(numbers["outcomes"]):
+        prefix = f"best.{n}."
+        weights = {name.removeprefix(prefix): value for name, value in standing.tensors.items() if name.startswith(prefix)}
+        outcomes[n] = Trained(kept["epoch"], weights, list(kept["curve"]), kept["lost"])
+        best[n] = -math.inf if kept["best"] is None else kept["best"]
+    for number, which in enumerate(numbers["groups"]):
+        group = next(group for group in groups if set(which) <= set(group.which))
+        group.keep([group.which.index(n) for n in which])
+        to_stack(group.stack, group.optimiser, f"group.{number}", standing.tensors)
+        left.append(group)
+    return left, numbers["epoch"], numbers["seconds"]
 
 
 def _distinct(labels: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[int]]:

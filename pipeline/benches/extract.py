@@ -38,8 +38,8 @@ def extract(config: Bench, show: Show) -> dict[str, Any]:
 
 
 def _measured(config: Bench, rule: str, show: Show) -> tuple[dict[str, Any], float]:
-    config.store.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=config.store) as folder:  # on the disk that would be used
+    config.store.home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=config.store.home) as folder:  # on the disk that would be used
         said = {name: getattr(config, name) for name in Extract.model_fields if hasattr(config, name)}
         changes = {"task": config.tasks("sst2")[0], "tokens": rule, "splits": "train", "limit": config.limit or EXAMPLES}
         asked = Extract(**said | changes | {"store": Path(folder), "dask": None})
@@ -63,7 +63,7 @@ def _measured(config: Bench, rule: str, show: Show) -> tuple[dict[str, Any], flo
                 torch.cuda.synchronize(backbone.device)
 
         def clear() -> None:
-            shutil.rmtree(asked.store / "caches")
+            shutil.rmtree(asked.store.home / "caches")
 
         def publish() -> Callable[[], None]:
             command.publish_split(asked, planned, "train", planned.parts["train"], backbone, Show(to_stderr=True))

@@ -32,7 +32,7 @@ def read(config: Bench, show: Show) -> dict[str, Any]:
     cache = _cache(config, show)
     batches = _batches(cache, config.batch)
     left_out = {"annbatch": "not compared: it loads AnnData by blocks, not any examples at random, and needs Python 3.12"}
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=config.store) as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=config.store.home) as folder:
         ways: dict[str, Callable[[], object]] = {
             f"loader, {how}": _loader(cache, config.batch, how, config.reading.readers) for how in ("random", "windows")
         }
@@ -88,7 +88,7 @@ def _cache(config: Bench, show: Show) -> store.Cache:
     said = {name: getattr(config, name) for name in Extract.model_fields if hasattr(config, name)}
     changes = {"task": config.tasks("sst2")[0], "tokens": "all", "splits": "train", "limit": config.limit or EXAMPLES}
     made = extract.run(Extract(**said | changes), show)["splits"]["train"]
-    cache = store.open(config.store / "caches" / made["fingerprint"])
+    cache = store.open(config.store.home / "caches" / made["fingerprint"])
     if len(cache.stored(cache.main)) > 1:
         raise Refused(f"bench read: peers read one array, and a cache of {config.backbone} has its attention too; choose another")
     cache.check()  # now, not while it is timed

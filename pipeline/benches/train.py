@@ -99,7 +99,7 @@ def _memory(config: Bench, show: Show) -> tuple[dict[str, float], list[dict[str,
         for count in (most_there // 8, most_there):
             own = config.training(task, tokens="all", limit=count)
             made = extract.run(Extract.part_of(own, "train,validation"), show)["splits"]["train"]
-            cache = store.open(own.store / "caches" / made["fingerprint"])
+            cache = store.open(own.store.home / "caches" / made["fingerprint"])
             most = _most_anonymous(own, how)
             rows.append(
                 {
