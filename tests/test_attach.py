@@ -65,17 +65,18 @@ def cached(root, backbone, examples, rule, labels):
         tables["examples/decoder_row"] = single.start
     arrays |= {path: layout.flat_array(values) for path, values in tables.items()}
     recipe = {"codec": "fp32", "test": f"{root.name}"}
-    with writer.building(root, fingerprint(recipe)) as folder:
+    with writer.building(root, fingerprint(recipe)) as mine:
+        folder = mine.folder
+        objects = {}
         for number in range(place.chunks):
             part = range(place.first[number], place.first[number + 1])
-            writer.write_chunk(folder, number, extract.chunk(backbone, examples, part, states, rule, "fp32"), arrays)
-        objects = {path: r for n in range(place.chunks) for path, r in writer.finished(folder, n).items()}
+            objects |= writer.write_chunk(folder, number, extract.chunk(backbone, examples, part, states, rule, "fp32"), arrays)
         for path, values in tables.items():
             objects |= writer.write_table(folder, path, values, arrays[path])
         for path, text in layout.metadata(arrays, {}).items():
             objects[path] = files.put(folder / "cache" / path, text)
         published = writer.publish(root, folder, manifest.Manifest(recipe, {}, {"examples": 24, "width": 16}, objects))
-    cache = store.open(published)
+    cache = store.open(published.path)
 
     def batch(chosen, streams):
         ways = []

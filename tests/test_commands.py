@@ -17,19 +17,25 @@ import store
 from pipeline.commands import plan as plan_module
 
 
-def call(capfd, verb, *words, status=0, **options):
-    """Run a verb with --json; returns its document."""
+def call(capfd, verb, *words, status=0, as_listed=False, **options):
+    """Run a verb with --json; returns its document. as_listed: it is to find faults, list them, and exit with 1."""
+    status = 1 if as_listed else status
     argv = [
         verb,
         *words,
-        *(item for key, value in options.items() if value is not None for item in (f"--{key.replace('_', '-')}", str(value))),
+        *(
+            item
+            for key, value in options.items()
+            if value is not None and value is not False
+            for item in (f"--{key.replace('_', '-')}", *(() if value is True else (str(value),)))
+        ),
     ]
     with pytest.raises(SystemExit) as left:
         cli.main([*argv, "--json"])
     out, err = capfd.readouterr()
     assert left.value.code == status, err
     document = json.loads(out)  # exactly one document, or this fails
-    if status:
+    if status and not as_listed:
         assert set(document) == {"error"} and "Traceback" not in err
         assert document["error"] in err.splitlines()[-1]
         assert "\n" not in document["error"]
@@ -264,7 +270,7 @@ BAD = {
     "image task": ("train", {"task": "digits", "data": None}, "task digits has images, and backbone"),
     "cell": ("train", {"cell": "gruu"}, "unknown cell 'gruu'; known: rnn, gru, lstm, mingru"),
     "pool": ("train", {"pool": "last"}, "pool 'last' does not go with tokens=mean of an encoder backbone; it allows mean"),
-    "config key": ("train", {"set": "hiden=3"}, "unknown key 'hiden'; known: backbone"),
+    "config key": ("train", {"set": "hiden=3"}, "unknown key 'hiden'; known: a, b, backbone"),
     "layers": ("extract", {"layers": "0-9"}, "layer 4 is out of range"),
     "device": ("extract", {"device": "cuda:9"}, "device 'cuda:9' is not here"),
     "max_length": ("extract", {"max_length": 65}, "max_length 65 is above the 64 tokens that backbone"),

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.config import COMMANDS, Evaluate, Extract, Plan, Train, build
+from pipeline.config import Evaluate, Extract, Plan, Train
+from pipeline.said import COMMANDS, build
 from store import Refused
 
 
@@ -28,7 +29,7 @@ def test_one_file_serves_every_command(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sets", "options", "said"),
     [
-        ("hiden: 3", [], {}, "unknown key 'hiden'; known: backbone, batch"),
+        ("hiden: 3", [], {}, "unknown key 'hiden'; known: .*, backbone, batch, .*, hidden, "),
         ("schedule: {clipp: 3}", [], {}, "unknown key 'schedule.clipp'; known: weight_decay, warmup, clip"),
         ("", ["read.agregate=last"], {}, "unknown key 'read.agregate'; known: aggregate"),
         ("", ["hidden"], {}, "--set hidden: give key=value"),

@@ -96,10 +96,12 @@ def test_the_next_forward_pass_does_not_wait_for_the_disk(asked, monkeypatch):
         if sum(told) > 90:
             gate.set()
 
-    with writer.building(config.store, "f" * 64) as folder:
-        receipts = command.chunks_here(build, folder, backbone, list(range(build.placement.chunks)), tell)
+    with writer.building(config.store.home, "f" * 64) as mine:
+        receipts = command.chunks_here(build, mine, backbone, list(range(build.placement.chunks)), tell)
         assert receipts.keys() == set(range(build.placement.chunks)) and sum(told) == 120
-        assert all(writer.finished(folder, number) == receipt for number, receipt in receipts.items())
+        assert all(
+            writer.finished(mine.folder, number, build.chunk_paths(number)) == receipt for number, receipt in receipts.items()
+        )
     assert during[0] > 3 and gate.is_set()
 
 
@@ -147,10 +149,12 @@ def test_a_chunk_that_lacks_a_batch_is_never_written(capfd, asked, monkeypatch):
         patch.setattr(extract.Chunk, "add", bad)
         patch.setattr(writer, "write_chunk", slow)
         assert "is not finite among the data set's rows" in call(capfd, "extract", **said, status=2)["error"]
-    assert [path.name for path in (config.store / "building").rglob("receipts/*")] == ["0.json"]
+    assert [path.name for path in (config.store.home / "building").rglob("receipts/*")] == ["0.json"]
     made = call(capfd, "extract", **said)["splits"]["train"]
     call(capfd, "extract", **said | {"store": str(config.store) + "-undisturbed"})
-    paths = [root / "caches" / made["fingerprint"] for root in (config.store, config.store.with_name("store-undisturbed"))]
+    paths = [
+        root / "caches" / made["fingerprint"] for root in (config.store.home, config.store.home.with_name("store-undisturbed"))
+    ]
     assert content(paths[0]) == content(paths[1])
 
 
@@ -178,8 +182,8 @@ def test_what_waits_to_be_written_is_bounded(asked, monkeypatch, limit):
 
     monkeypatch.setattr(extract, "pieces", counted)
     monkeypatch.setattr(extract.Chunk, "add", slowly)
-    with writer.building(config.store, "f" * 64) as folder:
-        command.chunks_here(build, folder, backbone, list(range(build.placement.chunks)))
+    with writer.building(config.store.home, "f" * 64) as mine:
+        command.chunks_here(build, mine, backbone, list(range(build.placement.chunks)))
     largest = 8 * 1024 * 4  # of a piece of these, at most
     assert made == taken and most <= max(limit, largest)
 
@@ -206,7 +210,9 @@ def test_a_disk_that_fills_behind_the_forward_pass_is_one_line_and_costs_no_fini
     made = call(capfd, "extract", **said)["splits"]["train"]
     assert not {0, 1} & set(built) or ("/c.2" not in place and "receipts" not in place)  # tables are written before all chunks
     other = call(capfd, "extract", **said | {"store": str(config.store) + "-undisturbed"})["splits"]["train"]
-    paths = [root / "caches" / made["fingerprint"] for root in (config.store, config.store.with_name("store-undisturbed"))]
+    paths = [
+        root / "caches" / made["fingerprint"] for root in (config.store.home, config.store.home.with_name("store-undisturbed"))
+    ]
     assert made["fingerprint"] == other["fingerprint"] and content(paths[0]) == content(paths[1])
 
 

@@ -21,7 +21,7 @@ HOMES = {
     "dask": {"pipeline/cluster.py"},
     "typer": {"pipeline/__main__.py"},
     "rich": {"pipeline/show.py"},
-    "pydantic": {"pipeline/config.py", "pipeline/__main__.py", "stages/tasks.py"},
+    "pydantic": {"pipeline/config.py", "pipeline/upkeep.py", "pipeline/said.py", "pipeline/__main__.py", "stages/tasks.py"},
     "sklearn": {"stages/metrics.py", "stages/baselines.py"},
     "scipy": {"stages/metrics.py"},
     "zarr": {"store/layout.py"},
@@ -32,9 +32,10 @@ HOMES = {
     "optuna": {"pipeline/propose.py"},
     "trackio": {"pipeline/track.py"},
     "tensorboard": set(),
-    "filelock": {"store/writer.py", "pipeline/propose.py"},
+    "filelock": {"pipeline/propose.py"},
+    "obstore": {"store/bucket.py"},
     "huggingface_hub": {"stages/sources.py", "stages/inputs.py"},
-    "safetensors": {"pipeline/runs.py"},
+    "safetensors": {"pipeline/runs.py", "pipeline/resume.py"},
 }
 
 

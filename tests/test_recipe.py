@@ -154,7 +154,7 @@ def test_a_label_is_no_part_of_the_key(bert, tmp_path, reviews):
 
 def test_what_is_known_without_the_backbone_agrees_with_the_whole(extracted):
     for item in catalog.listing(extracted):
-        whole = item.manifest.recipe
+        whole = item.recipe
         assert fingerprint(whole) == item.path.name
         task = tasks.find("sst2")
         config = Plan(task="sst2", tokens="all", max_length=32)
