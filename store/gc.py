@@ -1,8 +1,8 @@
 """What nobody needs any more: looked for, and taken away in two steps, so that what is needed after all comes back.
 
-A cache goes to the trash where nothing holds it (a run, a pin, a lease) and it is older than a grace period; from the trash it
-is deleted when it has been there for as long. Ages are told by the store's clock. Anybody may publish, pin, read and collect
-meanwhile: what is held again when it has been moved, is moved back.
+A cache goes to the trash where nothing holds it (a run, a pin, a lease, a cache with rows copied from it) and it is older than a
+grace period; from the trash it is deleted when it has been there for as long. Ages are told by the store's clock. Anybody may
+publish, pin, read and collect meanwhile: what is held again when it has been moved, is moved back.
 """
 
 from collections.abc import Callable, Iterator, Mapping
