@@ -13,6 +13,9 @@ from rich.table import Table
 PLAIN_SECONDS = 5.0
 """between two lines of progress where there is no terminal, in seconds"""
 
+MANY = 500
+"""rows from which a table is plain text"""
+
 PLAIN_WIDTH = 200
 """of a table where there is no terminal, in characters"""
 
@@ -32,7 +35,11 @@ class Show:
 
     def table(self, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
         """A table; numbers to the right."""
-        self.console.print(_table(columns, rows))
+        names, body = list(columns), [[_cell(value) for value in row] for row in rows]
+        if len(body) <= MANY:
+            self.console.print(_table(names, body))
+        else:  # the same, without a layout that takes a millisecond a row
+            self.console.out("\n".join(_lines(names, body)), highlight=False)
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str) -> Iterator["Meter"]:
@@ -79,7 +86,7 @@ class Meter:
         if self.bar is None:
             self.show.table(columns, rows)
             return
-        self.bar.below = _table(columns, rows)
+        self.bar.below = _table(list(columns), [[_cell(value) for value in row] for row in rows])
         self.bar.refresh()
 
     def skip(self, count: int) -> None:
@@ -102,15 +109,26 @@ class Meter:
             self.show.line(f"{self.what}  {self.done:,}/{self.total:,} {self.unit}  {rate:,.0f}/s  {left} left")
 
 
-def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
+def _table(columns: list[str], body: list[list[str]]) -> Table:
     table = Table(box=None, pad_edge=False)
-    body = [[_cell(value) for value in row] for row in rows]
     for index, column in enumerate(columns):
-        right = bool(body) and all(row[index][:1].isdigit() or row[index] in ("", "–") for row in body)
-        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+        table.add_column(column, justify="right" if _numbers(body, index) else "left", no_wrap=True)
     for row in body:
         table.add_row(*row)
     return table
+
+
+def _lines(columns: list[str], body: list[list[str]]) -> Iterator[str]:
+    """A table as lines of text."""
+    widths = [max(len(row[index]) for row in [columns, *body]) for index in range(len(columns))]
+    sides = [">" if _numbers(body, index) else "<" for index in range(len(columns))]
+    for row in [columns, *body]:
+        yield "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+
+
+def _numbers(body: list[list[str]], index: int) -> bool:
+    """Whether a column holds numbers."""
+    return bool(body) and all(row[index][:1].isdigit() or row[index] in ("", "–") for row in body)
 
 
 def _cell(value: Any) -> str:

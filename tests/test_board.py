@@ -47,3 +47,16 @@ def test_heads_are_told_apart_by_what_differs():
     configs = [Train(lr=0.00123456, read={"dropout": 0.0}), Train(lr=0.1, read={"dropout": 0.5})]
     assert names(configs) == ["lr=0.001235 read.dropout=0", "lr=0.1 read.dropout=0.5"]
     assert names(configs[:1]) == ["one"]
+
+
+@pytest.mark.parametrize("count", [3, 600])
+def test_a_table_says_the_same_however_long_it_is(capsys, monkeypatch, count):
+    from pipeline import show
+
+    rows = [[f"name {n}", n, n / 7, None, "" if n % 2 else "12 kB"] for n in range(count)]
+    told = []
+    for many in (0, 10**6):
+        monkeypatch.setattr(show, "MANY", many)
+        show.Show().table(["what", "count", "score", "none", "size"], rows)
+        told.append([line.rstrip() for line in capsys.readouterr().out.splitlines()])
+    assert told[0] == told[1] and len(told[0]) == count + 1

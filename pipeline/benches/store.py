@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.benches.timing import in_turn, median
+from pipeline.commands import catalog as catalog_command
 from pipeline.commands import du as du_command
-from pipeline.config import Bench
+from pipeline.commands import gc as gc_command
+from pipeline.config import Bench, Catalog
 from pipeline.show import Show
-from pipeline.upkeep import Du
-from store import catalog, files, gc, manifest, pins
+from pipeline.upkeep import Du, Gc
+from store import catalog, files, manifest, pins
 from store.files import Receipt
 from store.manifest import Manifest
 from store.stores import Stores
@@ -39,13 +41,13 @@ def store(config: Bench, show: Show) -> dict[str, Any]:
                     memo.unlink()
             return list(catalog.listing(root))
 
-        held = {name: ["run x"] for name in names[::2]}
         ways: dict[str, Callable[[], object]] = {
             "listing, nothing remembered": forgotten,
             "listing": lambda: list(catalog.listing(root)),
             "one by the start of its name": lambda: stores.pick(names[7][:16]) and None,
+            "catalog": lambda: catalog_command.run(Catalog(store=stores), quiet) and None,
             "du": lambda: du_command.run(Du(store=stores), quiet) and None,
-            "gc, dry run": lambda: list(gc.look(root, lambda: held)),
+            "gc, dry run": lambda: gc_command.run(Gc(store=stores), quiet) and None,
         }
         seconds = in_turn(ways, config.repeats)
     rows = [{"bench": "store", "way": way, "caches": CACHES, "seconds": median(spent)} for way, spent in seconds.items()]
