@@ -132,6 +132,7 @@ def purge(root: Root, entry: Entry) -> None:
     folder = objects.path / place
     with suppress(FileNotFoundError):  # another gc was faster
         files.rename(folder, folder.with_name(entry.name + _GONE))
+        files.sync_folder(folder.parent)  # what is half deleted must not come back under a name that says it is whole
     sweep(objects.path)
 
 
