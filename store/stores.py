@@ -50,10 +50,6 @@ class Stores:
                 raise Refused(f"there is no store {root}; `readcache extract` or `train` makes one")
         return self
 
-    def only(self, root: Root) -> "Stores":
-        """One of them as the one that is written, the others read."""
-        return Stores((root, *(other for other in self.roots if other != root)))
-
     def find(self, fingerprint: str) -> Root | None:
         """The published cache of that fingerprint in the first store that has it, or None."""
         return next((found for root in self.roots if (found := catalog.find(root, fingerprint))), None)

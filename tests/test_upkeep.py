@@ -113,23 +113,35 @@ def test_all_that_is_wrong_is_listed_past_the_first(capfd, asked, made):
     assert len(told["mended"]) == 3 and content(path) == whole
 
 
-def test_another_store_that_has_it_whole_mends_it_without_the_backbone(capfd, asked, made, tmp_path, monkeypatch):
-    path, whole = made
-    call(capfd, "push", store=asked["store"], to=tmp_path / "other", cache=path.name[:9])
-    spoil(path / "encoder/values/c.1.0.0", "flipped")
-    spoil(path / "examples/columns/label/c.0", "missing")
+@pytest.fixture
+def copied(capfd, asked, made, tmp_path):
+    """A copy of the cache in another store; and the options that repair the first with the other at hand."""
+    call(capfd, "push", store=asked["store"], to=tmp_path / "other", cache=made[0].name[:9])
+    return tmp_path / "other" / "caches" / made[0].name, asked | {"store": f"{asked['store']},{tmp_path / 'other'}"}
+
+
+FROM_THERE = {
+    "a chunk": [("encoder/values/c.1.0.0", "flipped")],
+    "a chunk and a table": [("encoder/values/c.1.0.0", "truncated"), ("examples/columns/label/c.0", "missing")],
+    "the manifest": [("manifest.json", "missing")],
+    "the manifest and a chunk": [("manifest.json", "flipped"), ("encoder/values/c.0.0.0", "flipped")],
+}
+
+
+@pytest.mark.parametrize("name", FROM_THERE)
+def test_another_store_that_has_it_whole_mends_it_without_the_backbone(capfd, made, copied, monkeypatch, name):
+    for place, harm in FROM_THERE[name]:
+        spoil(made[0] / place, harm)
     no_backbone(monkeypatch)
-    call(capfd, "repair", **asked | {"store": f"{asked['store']},{tmp_path / 'other'}"})
-    assert content(path) == whole
+    call(capfd, "repair", **copied[1])
+    assert content(made[0]) == made[1]
 
 
-def test_what_is_damaged_in_the_other_store_too_is_not_copied_from_there(capfd, asked, made, tmp_path):
-    path, whole = made
-    call(capfd, "push", store=asked["store"], to=tmp_path / "other", cache="all")
-    for place in (path, tmp_path / "other" / "caches" / path.name):
-        spoil(place / "encoder/values/c.1.0.0", "flipped")
-    call(capfd, "repair", **asked | {"store": f"{asked['store']},{tmp_path / 'other'}"})
-    assert content(path) == whole
+def test_what_is_damaged_in_the_other_store_too_is_not_copied_from_there(capfd, made, copied):
+    for path in (made[0], copied[0]):
+        spoil(path / "encoder/values/c.1.0.0", "flipped")
+    call(capfd, "repair", **copied[1])
+    assert content(made[0]) == made[1]
 
 
 def test_other_hardware_does_not_mend_with_other_bits(capfd, asked, made, monkeypatch):
@@ -166,27 +178,21 @@ def test_recompute_of_what_is_not_there_says_so(capfd, asked):
 def test_a_repair_that_cannot_read_now_takes_nothing_away(capfd, asked, made, monkeypatch):
     """A disk that is away for a moment, or no handles left, is not damage."""
     path, whole = made
-    opened = store.reader.open
+    digest = store.objects.Folder.sha256
 
-    def fails(where):
-        raise OSError(24, "Too many open files", str(where))
+    def fails(*_):
+        raise OSError(24, "Too many open files")
 
-    for place, code in (("examples/key/c.0.0", 5), ("encoder/values/c.1.0.0", 24)):
-        digest = store.objects.Folder.sha256
-
-        def away(self, asked_for, place=place, code=code, digest=digest):
-            if asked_for == place:
-                raise OSError(code, os.strerror(code))
-            return digest(self, asked_for)
-
+    for place in ("examples/key/c.0.0", "encoder/values/c.1.0.0", "opening"):
         with monkeypatch.context() as patch:
-            patch.setattr(store.objects.Folder, "sha256", away)
+            if place == "opening":
+                patch.setattr(store.reader, "open", fails)
+            else:
+                patch.setattr(
+                    store.objects.Folder, "sha256", lambda self, at, bad=place: fails() if at == bad else digest(self, at)
+                )
             assert "cannot be read now" in call(capfd, "repair", **asked, status=2)["error"]
         assert content(path) == whole
-    with monkeypatch.context() as patch:
-        patch.setattr(store.reader, "open", fails)
-        assert "cannot be read now" in call(capfd, "repair", **asked, status=2)["error"]
-    assert content(path) == whole and opened is store.reader.open
 
 
 def test_a_cache_under_another_name_is_listed_and_nothing_of_it_is_taken_away(capfd, asked, made):
@@ -217,26 +223,13 @@ def test_a_gc_beside_a_repair_leaves_the_cache_alone(capfd, asked, made, monkeyp
     assert content(path) == whole
 
 
-@pytest.mark.parametrize("harm", ["missing", "flipped"])
-def test_a_manifest_that_another_store_has_whole_is_taken_from_there(capfd, asked, made, tmp_path, monkeypatch, harm):
-    path, whole = made
-    call(capfd, "push", store=asked["store"], to=tmp_path / "other", cache="all")
-    spoil(path / "manifest.json", harm)
-    spoil(path / "encoder/values/c.0.0.0", "flipped")
-    no_backbone(monkeypatch)
-    call(capfd, "repair", **asked | {"store": f"{asked['store']},{tmp_path / 'other'}"})
-    assert content(path) == whole
-
-
-def test_every_store_is_verified_and_only_the_first_is_mended(capfd, asked, made, tmp_path):
-    path, whole = made
-    call(capfd, "push", store=asked["store"], to=tmp_path / "other", cache="all")
-    there = tmp_path / "other" / "caches" / path.name
+def test_every_store_is_verified_and_only_the_first_is_mended(capfd, asked, made, copied, tmp_path):
+    (path, whole), (there, both) = made, copied
     spoil(there / "encoder/values/c.1.0.0", "flipped")
-    before, both = content(there), f"{asked['store']},{tmp_path / 'other'}"
-    found = call(capfd, "verify", "--store", both, as_listed=True)
+    before = content(there)
+    found = call(capfd, "verify", "--store", both["store"], as_listed=True)
     assert found["caches"] == 2 and [fault["cache"] for fault in found["faults"]] == [str(there)]
-    call(capfd, "repair", **asked | {"store": both})
+    call(capfd, "repair", **both)
     assert content(there) == before and content(path) == whole
     call(capfd, "repair", **asked | {"store": f"{tmp_path / 'other'},{asked['store']}"})
     assert content(there) == whole
