@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -593,27 +594,40 @@ cli.main(sys.argv[4:])
 """
 
 
+@contextmanager
 def extractor(asked, expires, chunk, end):
+    """A process of its own that sends itself a signal after so many chunks; gone in the end, however the test ends."""
     words = ["extract", *(word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value)))]
     argv = [sys.executable, "-c", EXTRACT, str(expires), str(chunk), end, *words]
-    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ))
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_an_extraction_that_was_killed_is_gone_on_with_and_one_that_was_stopped_ends_the_same(capfd, asked, tmp_path):
     undisturbed = asked | {"store": tmp_path / "undisturbed"}
     whole = content(undisturbed["store"] / "caches" / call(capfd, "extract", **undisturbed)["splits"]["train"]["fingerprint"])
-    killed = extractor(asked, 60, 1, "SIGKILL")
-    killed.communicate(timeout=60)
-    assert killed.returncode == -signal.SIGKILL
-    stopped = extractor(asked, 0.5, 0, "SIGSTOP")
-    assert os.WIFSTOPPED(os.waitpid(stopped.pid, os.WUNTRACED)[1])
-    time.sleep(0.7)
-    third = extractor(asked, 0.5, 99, "SIGKILL")
-    out, _ = third.communicate(timeout=60)
-    assert third.returncode == 0 and "resuming, 3 of" in out, out
-    (path,) = (asked["store"] / "caches").iterdir()
-    assert content(path) == whole
-    stopped.send_signal(signal.SIGCONT)
-    out, _ = stopped.communicate(timeout=60)
+
+    def finished():
+        """The chunks that are there: a thread beside may still have ended one when the signal came."""
+        return {receipt.name for receipt in (asked["store"] / "building").rglob("receipts/*.json")}
+
+    with extractor(asked, 60, 1, "SIGKILL") as killed:
+        killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL and 2 <= len(finished()) < 8
+    before = finished()
+    with extractor(asked, 0.5, 0, "SIGSTOP") as stopped:
+        assert os.WIFSTOPPED(os.waitpid(stopped.pid, os.WUNTRACED)[1])
+        assert before < (left := finished())
+        time.sleep(0.7)  # it expires
+        with extractor(asked, 0.5, 99, "SIGKILL") as third:
+            out, _ = third.communicate(timeout=60)
+        assert third.returncode == 0 and f"resuming, {len(left)} of 8" in out, out
+        (path,) = (asked["store"] / "caches").iterdir()
+        assert content(path) == whole
+        stopped.send_signal(signal.SIGCONT)
+        out, _ = stopped.communicate(timeout=60)
     assert stopped.returncode == 0, out
     assert content(path) == whole and list((asked["store"] / "building").iterdir()) == []
