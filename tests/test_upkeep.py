@@ -520,11 +520,19 @@ def test_of_two_who_extract_the_same_one_waits_and_says_for_whom(asked, monkeypa
     monkeypatch.setattr(command, "TOLD", 0.1)
     config = extraction(asked, no_wait=no_wait)
     planned = prepare(config)
-    shows, built, original, paths = [Lines(), Lines()], [], writer.write_chunk, []
+    chunks = planned.parts["train"].build.placement.chunks
+    shows, built, begun, original, paths = [Lines(), Lines()], [], set(), writer.write_chunk, []
+
+    def waiting():
+        return [line for line in shows[1].lines if f"{leases.me()['who']} is extracting this" in line]
 
     def slow(folder, number, *more):
         built.append(number)
-        time.sleep(0.1)
+        begun.add(folder)
+        for _ in range(200):  # both are at it, or one is about to end while the other waits
+            if len(begun) == 2 if no_wait else len(built) < chunks or any("%" in line for line in waiting()):
+                break
+            time.sleep(0.05)
         return original(folder, number, *more)
 
     monkeypatch.setattr(writer, "write_chunk", slow)
@@ -534,18 +542,17 @@ def test_of_two_who_extract_the_same_one_waits_and_says_for_whom(asked, monkeypa
         paths.append(command.publish_split(config, planned, "train", planned.parts["train"], backbone, show))
 
     threads = [threading.Thread(target=run, args=(show,)) for show in shows]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.15)
+    threads[0].start()
+    while not built and threads[0].is_alive():
+        time.sleep(0.05)
+    threads[1].start()
     for thread in threads:
         thread.join()
-    chunks = planned.parts["train"].build.placement.chunks
     assert paths[0] == paths[1] and not list(verify.faults(paths[0]))
-    waiting = [line for line in shows[1].lines if f"{leases.me()['who']} is extracting this" in line]
     if no_wait:
-        assert waiting == [] and len(built) > chunks
+        assert waiting() == [] and len(built) > chunks
     else:
-        assert len(built) == chunks and any("%" in line for line in waiting)
+        assert len(built) == chunks and any("%" in line for line in waiting())
     assert not list((config.store.home / "leases").glob("*/*")) and not list((config.store.home / "building").glob("*/*"))
 
 
