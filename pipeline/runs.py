@@ -7,6 +7,7 @@
 """
 
 import json
+import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -67,12 +68,24 @@ def new_name(shape: Shape, tokens: str, seed: int) -> str:
 
 
 def listing(root: Path) -> Iterator[Run | Damaged]:
-    """Every run under a root; in place of one that cannot be read, why."""
-    for path in sorted((root / "runs").glob("[!.]*/[!.]*/")):
-        try:
-            yield open_run(path)
-        except Damaged as error:
-            yield error
+    """Every run under a root; in place of one that cannot be read, or of a folder that cannot be listed, why."""
+    for task in _folders(root / "runs"):
+        for path in [task] if isinstance(task, Damaged) else _folders(task):
+            try:
+                yield path if isinstance(path, Damaged) else open_run(path)
+            except Damaged as error:
+                yield error
+
+
+def _folders(path: Path) -> list[Path | Damaged]:
+    """Those in a folder, but for hidden ones."""
+    try:
+        with os.scandir(path) as entries:
+            return [path / name for name in sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        return [Damaged(f"runs in {path} cannot be listed ({error.strerror}); see to its rights")]
 
 
 def find(root: Path, name: str | None, task: str | None) -> Run:
@@ -93,13 +106,14 @@ def find(root: Path, name: str | None, task: str | None) -> Run:
 
 
 def open_run(path: Path) -> Run:
-    """Read run.json. Raises Damaged where it is missing or torn."""
+    """Read run.json. Raises Damaged where it is missing, torn, or says what no run says."""
     try:
         told = json.loads((path / "run.json").read_bytes())
         missing = {"fingerprints", "task_definition", "recipe", "metrics", "config", "backbone"} - set(told)
-        if not missing and not isinstance(told["fingerprints"], dict):
-            raise ValueError(f"fingerprints is {told['fingerprints']!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for part, kind in (("fingerprints", str), ("metrics", dict)) if not missing else ():
+            if not isinstance(told[part], dict) or not all(isinstance(value, kind) for value in told[part].values()):
+                raise ValueError(f"{part} is {str(told[part])[:80]}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"run {path} has no run.json that reads ({type(error).__name__}: {error}); train again") from None
     if missing:
         raise Damaged(f"run {path}: run.json has no {', '.join(sorted(missing))}; train again")

@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from store import catalog, files, leases, pins, trash, writer
+from store import catalog, files, leases, pins, trash, verify, writer
 from store.bucket import Bucket
 from store.catalog import Found
+from store.errors import Refused
 from store.objects import Folder, root_at
 from store.stores import Root
 from store.writer import BUILDER
@@ -22,6 +23,10 @@ Holds = Callable[[], Mapping[str, list[str]]]
 
 UNPUBLISHED = 24 * 3600.0
 """objects that no manifest names stay for at least so long: theirs may be on its way, in seconds"""
+
+
+NOT = "not removed"
+"""what was done with what could not be taken away begins so"""
 
 
 class Item(NamedTuple):
@@ -42,6 +47,11 @@ class Item(NamedTuple):
         """Whether it is taken away. grace: in seconds."""
         return not self.held and self.age >= grace
 
+    @property
+    def in_trash(self) -> trash.Entry:
+        """As the trash knows it."""
+        return trash.Entry(self.place, self.fingerprint, 0.0)
+
 
 def holds(root: Root, runs: Holds) -> dict[str, list[str]]:
     """Fingerprint -> who holds it: runs, pins, who is at work, and caches whose rows were copied from it."""
@@ -60,16 +70,18 @@ def holds(root: Root, runs: Holds) -> dict[str, list[str]]:
 
 def look(root: Root, runs: Holds) -> Iterator[Item]:
     """All that could go, and what holds it. runs: who needs a cache beside all others."""
-    objects, held = root_at(root), holds(root, runs)
+    objects, held, published = root_at(root), holds(root, runs), set()
     clock = objects.now()
     for found in catalog.listing(root):
         if isinstance(found, Found):
             who = tuple(held.get(found.fingerprint, ()))
             yield Item("cache", found.fingerprint, f"caches/{found.fingerprint}", found.bytes, clock - found.written, who)
+            published.add(found.fingerprint)
     for entry in trash.entries(root):
         size = sum(about.size for about in objects.listing(f"trash/{entry.name}/").values())
-        yield Item("trash", entry.fingerprint, entry.name, size, clock - entry.written, tuple(held.get(entry.fingerprint, ())))
-    yield from _unpublished(objects, clock) if isinstance(objects, Bucket) else _left(objects, clock)
+        who = () if entry.fingerprint in published else tuple(held.get(entry.fingerprint, ()))
+        yield Item("trash", entry.fingerprint, entry.name, size, clock - entry.written, who)
+    yield from _unpublished(objects, held, clock) if isinstance(objects, Bucket) else _left(objects, clock)
 
 
 def collect(root: Root, items: list[Item], grace: float, runs: Holds) -> Iterator[tuple[Item, str]]:
@@ -80,29 +92,38 @@ def collect(root: Root, items: list[Item], grace: float, runs: Holds) -> Iterato
         who = held.get(item.fingerprint, []) if item.kind in ("cache", "trash") else []
         try:
             if item.kind == "trash" and who:
-                if trash.restore(root, trash.Entry(item.place, item.fingerprint, 0.0)):
+                if trash.restore(root, item.in_trash):
                     yield item, f"restored: {', '.join(who)}"
+                elif item.goes(grace) and _whole(root, item.fingerprint) and trash.purge(root, item.in_trash):
+                    yield item, "deleted: it is published again"
             elif who or not item.goes(grace):
                 continue
             elif item.kind == "cache":
                 if entry := trash.throw(root, item.fingerprint):
                     thrown.append((item, entry))
             elif item.kind == "trash":
-                trash.purge(root, trash.Entry(item.place, item.fingerprint, 0.0))
-                yield item, "deleted"
+                if trash.purge(root, item.in_trash):
+                    yield item, "deleted"
             elif _clean(objects, item):
                 yield item, "deleted"
         except OSError as error:
-            yield item, f"not removed ({error.strerror}: {error.filename})"
+            yield item, f"{NOT} ({error.strerror}: {error.filename})"
+        except Refused as error:
+            yield item, f"{NOT} ({error})"
     held = holds(root, runs)
     for item, entry in thrown:
         since = held.get(item.fingerprint)
         if since:
             trash.restore(root, entry)
         yield item, f"kept: {', '.join(since)}" if since else "moved to the trash"
+    trash.sweep(root)
     if isinstance(root, Path):
-        trash.sweep(root)
         leases.sweep(root, objects.now())
+
+
+def _whole(root: Root, fingerprint: str) -> bool:
+    where = catalog.find(root, fingerprint)
+    return where is not None and not any(verify.faults(where))
 
 
 def _clean(objects: Folder | Bucket, item: Item) -> bool:
@@ -134,12 +155,17 @@ def _left(objects: Folder, clock: float) -> Iterator[Item]:
                 inside = [entry.stat() for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else []
                 every = [path.stat(), *inside]
                 size, written = sum(about.st_size for about in inside or every), max(about.st_mtime for about in every)
+                if kind != "building" and clock - written < trash.IDLE:  # somebody is at it, and nothing else says so
+                    continue
                 name = path.parent.name if kind == "building" else ""
                 yield Item(kind, name, str(path.relative_to(objects.path)), size, clock - written, held)
 
 
-def _unpublished(objects: Bucket, clock: float) -> Iterator[Item]:
-    """Objects under a write's name that no manifest names, here or in the trash."""
+def _unpublished(objects: Bucket, held: Mapping[str, list[str]], clock: float) -> Iterator[Item]:
+    """Objects under a write's name that no manifest names, here or in the trash.
+
+    Where a manifest does not read, or that of a cache that is needed is gone, nobody can tell, and they stay.
+    """
     found: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for place, about in objects.listing("objects/").items():
         _, fingerprint, write = (*place.split("/"), "", "")[:3]
@@ -147,5 +173,13 @@ def _unpublished(objects: Bucket, clock: float) -> Iterator[Item]:
     thrown = {entry.fingerprint for entry in trash.entries(str(objects))}
     for (fingerprint, write), parts in sorted(found.items()):
         age = clock - max(written for _, written in parts)
-        if age >= UNPUBLISHED and fingerprint not in thrown and trash.published_write(objects, fingerprint) != write:
-            yield Item("building", fingerprint, f"objects/{fingerprint}/{write}", sum(size for size, _ in parts), age, ())
+        if age < UNPUBLISHED or fingerprint in thrown:
+            continue
+        try:
+            published = trash.published_write(objects, fingerprint)
+            why = held.get(fingerprint, []) if published is None else []
+        except Refused as error:
+            published, why = None, [str(error)]
+        if published != write:
+            size = sum(size for size, _ in parts)
+            yield Item("building", fingerprint, f"objects/{fingerprint}/{write}", size, age, tuple(why))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from store import files
 from store.bucket import SCHEME, Bucket
 from store.errors import Refused
+from store.objects import Folder
 
 BEAT = 5.0
 """between two heartbeats, in seconds"""
@@ -90,21 +91,31 @@ def me() -> dict[str, Any]:
 
 
 def read(path: Path, clock: float | None = None) -> Holder | None:
-    """Who holds a lease; None where it is not there. clock: the time by the folder's clock, asked for where left out."""
+    """Who holds a lease; None where it is not there. One that cannot be read is held, by whom is not known.
+
+    clock: the time by the folder's clock, asked for where left out.
+    """
+    folder = Folder(path.parent)
     try:
-        written = path.stat().st_mtime
-        age = (files.now(path.parent) if clock is None else clock) - written
-        text = path.read_bytes()
-    except OSError:
+        written = os.stat(path, follow_symlinks=False).st_mtime
+    except FileNotFoundError:
         return None
-    return _holder(text, age)
+    except OSError:
+        return Holder("somebody", "", 0.0)
+    age = (folder.now() if clock is None else clock) - written
+    try:
+        return _holder(folder.read(path.name, MOST), age)
+    except FileNotFoundError:  # taken back just now, or no file
+        return Holder("somebody", "", age) if path.exists() else None
+    except (OSError, ValueError):
+        return Holder("somebody", "", age)
 
 
 def _holder(text: bytes, age: float) -> Holder:
     try:
         told = json.loads(text)
         return Holder(str(told["who"]), str(told["process"]), age, int(told.get("done", 0)), int(told.get("total", 0)))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return Holder("somebody", "", age)  # just taken, and nothing is said yet
 
 
@@ -144,12 +155,12 @@ class Lease:
     def mine(self, path: Path) -> bool:
         """Whether a file still says what we wrote, as far as can be told."""
         try:
-            return bool(json.loads(path.read_bytes()).get("id") == self.told["id"])
+            return bool(json.loads(Folder(path.parent).read(path.name, MOST)).get("id") == self.told["id"])
         except FileNotFoundError:
             return False
         except OSError:  # no handles left, a disk that is away for a moment
             return True
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return False
 
     def _beat(self) -> None:
@@ -227,18 +238,23 @@ def sweep(root: Path, clock: float) -> None:
 
 
 def held(root: Path | str, clock: float) -> dict[str, list[Holder]]:
-    """Fingerprint -> who is at work on it. clock: the time by the root's clock."""
+    """Fingerprint -> who is at work on it. clock: the time by the root's clock. Raises OSError where that cannot be told."""
     found: dict[str, list[Holder]] = {}
     if isinstance(root, str):
         bucket = Bucket(root)
         for place, about in bucket.listing("leases/").items():
             if clock - about.written < FAR_EXPIRES and place.count("/") == 2:
-                with contextlib.suppress(FileNotFoundError):
-                    holder = _holder(bucket.read(place, MOST), clock - about.written)
-                    found.setdefault(place.split("/")[1], []).append(holder)
+                age = clock - about.written
+                try:
+                    holder = _holder(bucket.read(place, MOST), age)
+                except FileNotFoundError:
+                    continue
+                except ValueError:
+                    holder = Holder("somebody", "", age)
+                found.setdefault(place.split("/")[1], []).append(holder)
         return found
-    for path in (root / "leases").glob("*/*.json"):
-        near = read(path, clock)
-        if near and near.alive:
-            found.setdefault(path.parent.name, []).append(near)
+    for place in Folder(root).listing("leases/"):
+        near = read(root / place, clock)
+        if near and near.alive and place.count("/") == 2:
+            found.setdefault(place.split("/")[1], []).append(near)
     return found

@@ -57,16 +57,22 @@ class Folder:
             return file.read()
 
     def sizes(self) -> dict[str, int]:
-        found, waiting = {}, [""]
+        return {place: entry.stat().st_size for place, entry in self._inside() if entry.is_file(follow_symlinks=False)}
+
+    def strange(self) -> list[str]:
+        """What is there and neither file nor folder: links, devices."""
+        return sorted(place for place, entry in self._inside() if not entry.is_file(follow_symlinks=False))
+
+    def _inside(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        waiting = [""]
         while waiting:
             folder = waiting.pop()
             with os.scandir(self.path / folder) as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(f"{folder}{entry.name}/")
-                    elif entry.is_file(follow_symlinks=False):
-                        found[folder + entry.name] = entry.stat().st_size
-        return found
+                    else:
+                        yield folder + entry.name, entry
 
     def sha256(self, place: str) -> str:
         with self.opened(place) as file:
@@ -85,7 +91,10 @@ class Folder:
                         if entry.is_dir(follow_symlinks=False):
                             waiting.append(Path(entry.path))
                         elif not entry.name.startswith(".") and not entry.name.endswith(files.PART):
-                            about = entry.stat(follow_symlinks=False)
+                            try:
+                                about = entry.stat(follow_symlinks=False)
+                            except FileNotFoundError:  # gone meanwhile; it hides no other
+                                continue
                             tag = f"{about.st_mtime_ns} {about.st_ctime_ns} {about.st_ino}"
                             place = str(Path(entry.path).relative_to(self.path))
                             found[place] = Listed(about.st_size, tag, about.st_mtime)

@@ -3,6 +3,7 @@
 <root>/trash/<unique>/moved.json            when, by the store's clock
 <root>/trash/<unique>/<fingerprint>/        the cache; in an object store <fingerprint>.json, its manifest, and its objects stay
 <root>/trash/<unique>.gone/                 being deleted
+<root>/trash/<unique>/fate                  in an object store, where nothing can be renamed: "back" or "gone", created once
 """
 
 import re
@@ -12,15 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from store import files, manifest, verify
+from store import catalog, files, manifest, verify
 from store.bucket import Bucket
-from store.errors import Damaged
+from store.errors import Damaged, Refused
 from store.objects import root_at
 from store.stores import Root
 
 _MARK, _GONE = "moved.json", ".gone"
-_IDLE = 3600.0
-"""an empty folder of the trash that is as old is nobody's any more, in seconds"""
+_FATE, _BACK, _AWAY = "fate", b"back\n", b"gone\n"
+IDLE = 3600.0
+"""what is half made, or empty, and as old, is nobody's any more, in seconds"""
 _NAME = re.compile("[0-9a-f]{64}")
 
 
@@ -62,41 +64,73 @@ def throw(root: Root, fingerprint: str) -> Entry | None:
     except FileNotFoundError:
         files.remove(folder)
         return None
-    with suppress(FileNotFoundError):  # brought back already, by another
+    entry = Entry(name, fingerprint, objects.now())
+    try:
         files.sync_folder(folder)  # what is deleted later must not be deleted from under its old name, should the power go
-    return Entry(name, fingerprint, objects.now())
+    except FileNotFoundError:  # brought back already, by another
+        pass
+    except OSError:
+        restore(root, entry)
+        raise
+    return entry
 
 
 def entries(root: Root) -> Iterator[Entry]:
     """The caches in the trash."""
     objects = root_at(root)
     if isinstance(objects, Bucket):
-        listed = objects.listing("trash/")
-        for place, about in listed.items():
-            _, name, last = (*place.split("/"), "")[:3]
-            if _NAME.fullmatch(last.removesuffix(".json")):
-                yield Entry(name, last.removesuffix(".json"), about.written)
+        yield from (entry for entry, away in _far(objects) if not away)
         return
     for folder in sorted((objects.path / "trash").glob("*/")):
         with suppress(FileNotFoundError):  # on its way out, or back
             if folder.suffix != _GONE:
                 for path in folder.iterdir():
                     if _NAME.fullmatch(path.name):
-                        yield Entry(folder.name, path.name, (folder / _MARK).stat().st_mtime)
+                        yield Entry(folder.name, path.name, _since(folder))
+
+
+def _since(folder: Path) -> float:
+    """When a cache came here; of a mark that a power loss took, the folder says it."""
+    try:
+        return (folder / _MARK).stat().st_mtime
+    except FileNotFoundError:
+        return folder.stat().st_mtime
+
+
+def _far(objects: Bucket) -> Iterator[tuple[Entry, bool]]:
+    """The caches in an object store's trash, and whether each is being deleted."""
+    listed = objects.listing("trash/")
+    for place, about in listed.items():
+        _, name, last = (*place.split("/"), "")[:3]
+        if _NAME.fullmatch(last.removesuffix(".json")):
+            fate, away = f"trash/{name}/{_FATE}", False
+            with suppress(FileNotFoundError):
+                away = fate in listed and objects.read(fate) == _AWAY
+            yield Entry(name, last.removesuffix(".json"), about.written), away
 
 
 def whole(root: Root, entry: Entry) -> bool:
-    """Whether every byte of a cache in the trash is as it was published; of one in an object store its manifest says so."""
-    return not isinstance(root, Path) or not any(verify.faults(root / "trash" / entry.name / entry.fingerprint))
+    """Whether every byte of a cache in the trash is as it was published; in an object store every object's size."""
+    if isinstance(root, Path):
+        return not any(verify.faults(root / "trash" / entry.name / entry.fingerprint))
+    objects, place = Bucket(root), f"trash/{entry.name}/{entry.fingerprint}.json"
+    try:
+        found = manifest.parsed(objects.read(place, manifest.MOST), f"{root}/{place}")
+    except (FileNotFoundError, ValueError, Refused):
+        return False
+    there = objects.below(f"objects/{entry.fingerprint}/{found.write}").sizes()
+    return found.fingerprint == entry.fingerprint and there == {path: receipt.size for path, receipt in found.objects.items()}
 
 
 def restore(root: Root, entry: Entry) -> bool:
-    """Bring a cache back; False where one of its fingerprint has been published since, or another was faster."""
+    """Bring a cache back; False where one of its fingerprint is published, another was faster, or it is being deleted."""
     objects, place = root_at(root), f"trash/{entry.name}"
     if isinstance(objects, Bucket):
         try:
             text = objects.read(f"{place}/{entry.fingerprint}.json")
         except FileNotFoundError:
+            return False
+        if catalog.find(root, entry.fingerprint) or not objects.create(f"{place}/{_FATE}", _BACK):
             return False
         back = objects.create(f"caches/{entry.fingerprint}/{manifest.NAME}", text)
         if back:
@@ -113,44 +147,82 @@ def restore(root: Root, entry: Entry) -> bool:
     return True
 
 
-def purge(root: Root, entry: Entry) -> None:
-    """Delete a cache that is in the trash. Raises OSError where rights are lacking; what is left then is tried again later."""
+def purge(root: Root, entry: Entry) -> bool:
+    """Delete a cache that is in the trash; False where another brings it back.
+
+    Raises OSError, or Refused, where it cannot be deleted; what is left then is tried again later.
+    """
     objects, place = root_at(root), f"trash/{entry.name}"
     if isinstance(objects, Bucket):
         text = b""
         with suppress(FileNotFoundError):
             text = objects.read(f"{place}/{entry.fingerprint}.json")
-        # nobody brings it back from now on
+        published_write(objects, entry.fingerprint)  # raises before anything is decided
+        if not text:
+            return False
+        if not objects.create(f"{place}/{_FATE}", _AWAY):
+            fate = objects.listing(f"{place}/").get(f"{place}/{_FATE}")
+            if fate and objects.now() - fate.written > IDLE:  # who was bringing it back is gone
+                objects.delete([f"{place}/{_FATE}"])
+            return False
+        published = published_write(objects, entry.fingerprint)
         objects.delete([f"{place}/{entry.fingerprint}.json", f"{place}/{_MARK}"])
         with suppress(Damaged):
             gone = manifest.parsed(text, f"{objects}/{place}")
             others = any(other.fingerprint == entry.fingerprint for other in entries(root))
             # one that was brought back, or thrown away twice, has the same objects
-            if gone.write and gone.write != published_write(objects, entry.fingerprint) and not others:
+            if gone.write and gone.write != published and not others:
                 objects.delete(f"objects/{entry.fingerprint}/{gone.write}/{path}" for path in gone.objects)
-        return
+        return True
     folder = objects.path / place
     with suppress(FileNotFoundError):  # another gc was faster
         files.rename(folder, folder.with_name(entry.name + _GONE))
         files.sync_folder(folder.parent)  # what is half deleted must not come back under a name that says it is whole
     sweep(objects.path)
+    return True
 
 
-def sweep(root: Path) -> None:
+def sweep(root: Root) -> None:
     """Go on deleting what a killed gc left half deleted, and what it had moved nothing into."""
+    if not isinstance(root, Path):
+        _sweep_far(Bucket(root))
+        return
     for folder in (root / "trash").glob("*/"):
         if folder.suffix == _GONE:
             files.remove(folder)
         else:
             with suppress(OSError):  # refuses where there is a cache
-                idle = files.now(root) - (folder / _MARK).stat().st_mtime
-                if idle > _IDLE and [path.name for path in folder.iterdir()] == [_MARK]:
+                idle = files.now(root) - _since(folder)
+                if idle > IDLE and not [path for path in folder.iterdir() if path.name != _MARK]:
                     files.remove(folder)
 
 
+def _sweep_far(objects: Bucket) -> None:
+    for entry, away in list(_far(objects)):
+        with suppress(Refused):
+            if away:
+                purge(str(objects), entry)
+    names: dict[str, dict[str, float]] = {}
+    for place, about in objects.listing("trash/").items():
+        folder, _, name = place.rpartition("/")
+        names.setdefault(folder, {})[name] = about.written
+    clock = objects.now() if names else 0.0
+    for folder, inside in names.items():
+        # a fate stays for those who have read what it is about, and do not know it yet
+        if inside.keys() <= {_MARK, _FATE} and clock - max(inside.values()) > IDLE:
+            objects.delete(f"{folder}/{name}" for name in inside)
+
+
 def published_write(objects: Bucket, fingerprint: str) -> str | None:
-    """The name under which the objects of a published cache lie in an object store; None where it is not published."""
+    """The name under which the objects of a published cache lie in an object store; None where it is not published.
+
+    Raises Refused where its manifest does not read: nobody can tell which are its objects then.
+    """
+    place = f"caches/{fingerprint}"
     try:
-        return manifest.load(objects.below(f"caches/{fingerprint}")).write
-    except Damaged:
+        text = objects.read(f"{place}/{manifest.NAME}", manifest.MOST)
+    except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise Damaged(f"{objects}/{place}/{manifest.NAME} is not a manifest ({error})") from None
+    return manifest.parsed(text, f"{objects}/{place}").write

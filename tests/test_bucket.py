@@ -1,6 +1,8 @@
 """A store at s3://: real requests to a server that fails as real ones do."""
 
+import hashlib
 import itertools
+import json
 import os
 import socket
 import threading
@@ -18,6 +20,7 @@ from stages import extract
 from store import Damaged, Refused, bucket, catalog, gc, leases, manifest, pins, transfer, trash, verify
 from store.bucket import Bucket
 from store.catalog import Found
+from store.fingerprint import canonical
 
 pytest.importorskip("obstore", reason="the s3 extra is not installed")
 pytest.importorskip("moto.server", reason="moto's server is not installed")
@@ -272,7 +275,7 @@ def test_the_catalog_lists_and_remembers(s3, tmp_path):
     assert [method for method, _, _ in s3.seen] == ["GET"], "one listing, and no manifest"
 
 
-def test_what_nobody_holds_goes_by_way_of_the_trash_and_comes_back(s3, toy, tmp_path):
+def test_what_nobody_holds_goes_by_way_of_the_trash_and_comes_back(s3, toy, tmp_path, monkeypatch):
     here = path_of(toy, tmp_path)
     transfer.copy(here, ROOT)
     pins.pin(ROOT, here.name, "paper")
@@ -288,7 +291,99 @@ def test_what_nobody_holds_goes_by_way_of_the_trash_and_comes_back(s3, toy, tmp_
     trash.purge(ROOT, next(trash.entries(ROOT)))
     assert list(verify.faults(f"{ROOT}/caches/{here.name}")) == []
     assert done() == ["moved to the trash"] and done() == ["deleted"]
-    assert Bucket(ROOT).listing("") == {}
+    monkeypatch.setattr(trash, "IDLE", -1)
+    assert done() == [] and Bucket(ROOT).listing("") == {}
+
+
+@pytest.mark.parametrize("at", ["before its manifest is created", "after its trash is read", "once it is decided"])
+def test_one_who_brings_a_cache_back_while_another_deletes_it_has_all_of_it_or_nothing(s3, toy, tmp_path, monkeypatch, at):
+    there = transfer.copy(path_of(toy, tmp_path), ROOT).path
+    entry, create, read = trash.throw(ROOT, there.rsplit("/", 1)[1]), Bucket.create, Bucket.read
+
+    def gone():
+        monkeypatch.undo()
+        return trash.purge(ROOT, entry)
+
+    def creates(self, place, data):
+        if place.endswith("manifest.json") and at.startswith("before"):
+            assert not gone()
+        made = create(self, place, data)
+        if place.endswith("fate") and at.startswith("once"):
+            assert not gone()
+        return made
+
+    def reads(self, place, most=None):
+        text = read(self, place, most)
+        if place.startswith("trash/") and place.endswith(".json") and at.startswith("after"):
+            assert gone()
+        return text
+
+    monkeypatch.setattr(Bucket, "create", creates)
+    monkeypatch.setattr(Bucket, "read", reads)
+    back = trash.restore(ROOT, entry)
+    assert back == (not at.startswith("after"))
+    assert list(verify.faults(there)) == [] if back else catalog.find(ROOT, there.rsplit("/", 1)[1]) is None
+    assert list(trash.entries(ROOT)) == []
+
+
+def test_what_was_decided_by_one_who_is_gone_is_gone_on_with(s3, toy, tmp_path, monkeypatch):
+    name = transfer.copy(path_of(toy, tmp_path), ROOT).path.rsplit("/", 1)[1]
+    root, entry = Bucket(ROOT), trash.throw(ROOT, name)
+    root.put(f"trash/{entry.name}/fate", b"back\n")
+    assert not trash.purge(ROOT, entry)
+    monkeypatch.setattr(trash, "IDLE", -1)
+    assert not trash.purge(ROOT, entry) and root.listing(f"trash/{entry.name}/").keys().isdisjoint({f"trash/{entry.name}/fate"})
+    assert trash.restore(ROOT, entry)
+    entry = trash.throw(ROOT, name)
+    root.put(f"trash/{entry.name}/fate", b"gone\n")
+    assert not trash.restore(ROOT, entry) and list(trash.entries(ROOT)) == []
+    trash.sweep(ROOT)
+    assert root.listing("") == {}
+
+
+@pytest.mark.parametrize("harm", ["torn", "of another version", "gone, and pinned"])
+def test_objects_stay_whose_manifest_does_not_say_that_they_may_go(s3, toy, tmp_path, monkeypatch, harm):
+    monkeypatch.setattr(gc, "UNPUBLISHED", -1.0)
+    name = transfer.copy(path_of(toy, tmp_path), ROOT).path.rsplit("/", 1)[1]
+    root, place = Bucket(ROOT), f"caches/{name}/manifest.json"
+    text = root.read(place)
+    body = {field: value for field, value in json.loads(text).items() if field != "digest"} | {"format": 2}
+    other = json.dumps(body | {"digest": hashlib.sha256(canonical(body)).hexdigest()}).encode()
+    if harm == "gone, and pinned":
+        pins.pin(ROOT, name, "paper")
+        root.delete([place])
+    else:
+        root.put(place, text[:100] if harm == "torn" else other)
+    (item,) = gc.look(ROOT, nobody)
+    assert item.held and list(gc.collect(ROOT, [item], 0, nobody)) == []
+    if harm != "gone, and pinned":  # since it was looked at
+        ((_, what),) = gc.collect(ROOT, [item._replace(held=())], 0, nobody)
+        assert what.startswith("not removed")
+    root.put(place, text)
+    assert list(verify.faults(f"{ROOT}/caches/{name}")) == []
+
+
+def test_a_copy_that_is_there_with_other_sizes_is_no_copy(s3, toy, tmp_path):
+    here = path_of(toy, tmp_path)
+    there = transfer.copy(here, ROOT).path
+    assert not transfer.copy(here, ROOT).new
+    objects = verify.placed(there)[0]
+    objects.put("encoder/values/c.0.0.0", b"x")
+    with pytest.raises(Damaged, match="c.0.0.0 is not as it was published"):
+        transfer.copy(here, ROOT)
+
+
+def test_a_damaged_cache_does_not_come_back_from_the_trash(s3, toy, tmp_path):
+    there = transfer.copy(path_of(toy, tmp_path), ROOT).path
+    name, root = there.rsplit("/", 1)[1], Bucket(ROOT)
+    text = root.read(f"caches/{name}/manifest.json")
+    whole = trash.throw(ROOT, name)
+    assert trash.whole(ROOT, whole)
+    root.put(f"trash/{whole.name}/{name}.json", text[:50])
+    assert not trash.whole(ROOT, whole)
+    root.put(f"trash/{whole.name}/{name}.json", text)
+    root.delete([next(place for place in root.listing("objects/") if place.endswith("c.1.0.0"))])
+    assert not trash.whole(ROOT, whole)
 
 
 def test_two_gcs_that_throw_the_same_away_delete_nothing_that_comes_back(s3, toy, tmp_path):

@@ -1,9 +1,11 @@
 """What goes and what stays: collecting, beside everybody who publishes, reads, pins and collects, against a dictionary."""
 
+import errno
 import os
 import shutil
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -282,6 +284,71 @@ def test_what_is_held_since_it_was_looked_at_stays_or_comes_back(tmp_path, toy, 
     assert [what.split(":")[0] for _, what in done] == ([] if when == "after the look" else ["kept"])
     for lease in held:
         lease.close()
+
+
+def test_a_pin_that_goes_while_pins_are_listed_hides_no_other(tmp_path, toy, monkeypatch):
+    name, listed = toy.path(tmp_path).name, os.scandir
+    for pin in ("a", "b", "c"):
+        pins.pin(tmp_path, name, pin)
+
+    class Goes:
+        """What a listing gives of a file that is removed before it is looked at."""
+
+        def __init__(self, entry):
+            self.name, self.path, self.is_dir = entry.name, entry.path, entry.is_dir
+
+        def stat(self, **_):
+            raise FileNotFoundError(self.path)
+
+    @contextmanager
+    def scandir(path):
+        with listed(path) as entries:
+            yield [Goes(entry) if entry.name == "a.json" else entry for entry in entries]
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert sorted(pins.pinned(tmp_path)[name]) == ["b", "c"]
+
+
+def test_a_lease_that_cannot_be_read_holds(tmp_path, toy, monkeypatch):
+    name, read = toy.path(tmp_path).name, Folder.read
+    path = tmp_path / "leases" / name / "theirs.json"
+    lease = leases.Lease(path)
+
+    def denied(self, place, most=None):
+        if self.path / place == path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(self, place, most)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "read", denied)
+        assert kinds(tmp_path) == {("cache", False)}
+    lease.close()
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.write_bytes(b"[" * 60_000)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make(path)
+        assert kinds(tmp_path) == {("cache", False)}, "it is young, and says nothing"
+        path.unlink()
+
+
+def test_a_cache_whose_way_to_the_trash_could_not_be_made_durable_stays(tmp_path, toy, monkeypatch):
+    before, sync = content(toy.path(tmp_path)), files.sync_folder
+
+    def fails(path):
+        if path.parent.name == "trash":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        sync(path)
+
+    monkeypatch.setattr(files, "sync_folder", fails)
+    (done,) = [what for _, what in gc.collect(tmp_path, list(gc.look(tmp_path, nobody)), 0, nobody)]
+    assert done.startswith("not removed") and content(toy.path(tmp_path)) == before
+
+
+def test_a_cache_in_the_trash_that_lost_its_mark_is_still_known(tmp_path, toy):
+    before, entry = content(toy.path(tmp_path)), trash.throw(tmp_path, toy.path(tmp_path).name)
+    (tmp_path / "trash" / entry.name / "moved.json").unlink()
+    (found,) = trash.entries(tmp_path)
+    assert abs(found.written - entry.written) < 5 and trash.restore(tmp_path, found)
+    assert content(toy.path(tmp_path)) == before
 
 
 def test_a_reader_keeps_what_it_has_opened_until_it_ends(tmp_path, toy):

@@ -41,10 +41,12 @@ def run(config: Gc, show: Show) -> dict[str, Any]:
     if config.delete:
         done = list(gc.collect(root, items, grace, held))
         document["done"] = [{"kind": item.kind, "fingerprint": item.fingerprint, "what": what} for item, what in done]
+        document["faults"] = [told for told in document["done"] if told["what"].startswith(gc.NOT)]
         for item, what in done:
-            show.line(f"{item.kind} {item.fingerprint[:12]}: {what}")
+            show.line(f"{item.kind} {item.fingerprint[:12] or item.place}: {what}")
         if any(what == "moved to the trash" for _, what in done):
-            show.line(f"a gc in {config.grace:g} days deletes them; until then one brings back what is held again")
+            when = f"a gc in {config.grace:g} days" if config.grace else "the next gc"
+            show.line(f"{when} deletes them; until then one brings back what is held again")
     elif going:
         show.line(f"{len(going)} would go, {size(document['bytes'])}; --delete (DELETE=1) does it: caches by way of the trash")
     else:
