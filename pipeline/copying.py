@@ -5,9 +5,11 @@ from typing import Any
 
 from pipeline.show import Show, duration, size
 from store import transfer, writer
-from store.catalog import Found
-from store.errors import Refused
+from store.errors import Damaged, Refused
 from store.stores import Root, Stores, parse
+
+COMPARED = {True: "every byte as it was published", False: "every object of the size it was published with (`verify` reads them)"}
+"""how what was there before is known to be whole: in a folder, and in an object store"""
 
 
 def other(said: str, what: str) -> Stores:
@@ -21,22 +23,31 @@ def other(said: str, what: str) -> Stores:
 
 
 def copy(source: Stores, target: Root, prefixes: str, show: Show) -> dict[str, Any]:
-    """Copy caches. prefixes: starts of fingerprints, comma-separated, or `all`. Raises Refused before anything is copied."""
+    """Copy caches. prefixes: starts of fingerprints, comma-separated, or `all`. Raises Refused before anything is copied.
+
+    Goes on past what is damaged, here or there, and tells all of it.
+    """
     if not prefixes:
         raise Refused("give CACHE=<starts of fingerprints, comma-separated>, or CACHE=all; `readcache catalog` lists them")
-    if prefixes == "all":
-        chosen = [item for item in source.check().listing() if isinstance(item, Found)]
-    else:
-        chosen = [source.pick(prefix.strip()) for prefix in prefixes.split(",")]
+    every = source.check().listing() if prefixes == "all" else map(source.pick, map(str.strip, prefixes.split(",")))
+    chosen = list(every)
     if isinstance(target, Path):
         writer.check_writable(target)
-    copied = []
+    copied, faults = [], []
     for found in chosen:
-        with show.progress(f"{found.fingerprint[:12]} to {target}", found.bytes, "bytes") as meter:
-            published = transfer.copy(found.path, target, meter.add)
+        try:
+            if isinstance(found, Damaged):
+                raise found
+            with show.progress(f"{found.fingerprint[:12]} to {target}", found.bytes, "bytes") as meter:
+                published = transfer.copy(found.path, target, meter.add)
+        except Damaged as error:
+            faults.append(str(error))
+            show.line(f"not copied: {error}")
+            continue
         differs = f"; what is there differs: {published.differs}; it stays" if published.differs else ""
         name = f"{found.fingerprint[:12]} {found.about['task']}/{found.about['split']}"
-        show.line(f"{name}: {size(found.bytes)} at {published.path} in {duration(meter.seconds)}{differs}")
-        told = {"fingerprint": found.fingerprint, "path": str(published.path), "bytes": found.bytes}
+        spent = f"in {duration(meter.seconds)}" if published.new else f"already, {COMPARED[isinstance(target, Path)]}"
+        show.line(f"{name}: {size(found.bytes)} at {published.path} {spent}{differs}")
+        told = {"fingerprint": found.fingerprint, "path": str(published.path), "bytes": found.bytes, "new": published.new}
         copied.append(told | ({"differs": str(published.differs)} if published.differs else {}))
-    return {"to": str(target), "caches": copied}
+    return {"to": str(target), "caches": copied, "faults": faults}

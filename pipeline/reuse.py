@@ -12,7 +12,7 @@ from pipeline.recipe import Recipe
 from stages.extract import Piece
 from store import Cache, layout
 from store.catalog import Found
-from store.errors import Damaged, Refused, damaged
+from store.errors import Refused, damaged
 from store.stores import Stores
 
 FREE = {"data", "order_seed", "limit", "chunk_bytes", "max_length", "words"}
@@ -75,8 +75,8 @@ class Reuse(NamedTuple):
 def find(stores: Stores, recipe: Recipe, keys: np.ndarray, only: Iterable[str] | None = None) -> Reuse | None:
     """What other caches have of some examples; None where they have nothing.
 
-    keys: (N, 16) of the examples. only: fingerprints of the caches to look into, all that there are where left out. A damaged one
-    is passed over. Raises Refused where one of `only` is not there.
+    keys: (N, 16) of the examples. only: fingerprints of the caches to look into, all that there are where left out. One that does
+    not read is passed over. Raises Refused where one of `only` is not there.
     """
     found = [item for item in stores.listing() if isinstance(item, Found)]
     if only is not None:
@@ -96,7 +96,7 @@ def find(stores: Stores, recipe: Recipe, keys: np.ndarray, only: Iterable[str] |
         try:
             cache = store.open(item.path)
             theirs = {key: number for number, key in enumerate(_each(cache.table("key")))}
-        except Damaged:
+        except (Refused, KeyError):  # it does not read, or has no keys
             continue
         new = [n for n in np.flatnonzero(which == COMPUTED).tolist() if wanted[n] in theirs]
         if new:

@@ -63,6 +63,15 @@ def _at(root: Path | str, name: str) -> Path | str:
     return root / "caches" / name if isinstance(root, Path) else f"{root}/caches/{name}"
 
 
+def one(root: Path | str, name: str) -> Found:
+    """The cache of that name under a root. Raises FileNotFoundError where there is none, Damaged where it does not read."""
+    path, listed = _at(root, name), _there(root, name)
+    if name not in listed:
+        raise FileNotFoundError(str(path))
+    told = _told(path, name)
+    return Found(path, name, told["recipe"], told["about"], told["counts"], told["bytes"], listed[name][1], told["reused"])
+
+
 def listing(root: Path | str) -> Iterator[Found | Damaged]:
     """Every cache under a root in order of fingerprint; in place of one that cannot be read, why."""
     memo = _Memo(root)
@@ -102,16 +111,22 @@ def _told(path: Path | str, name: str) -> dict[str, Any]:
     return told | {"bytes": found.bytes, "reused": [source for source, _ in found.reused]}
 
 
-def _there(root: Path | str) -> dict[str, tuple[str, float]]:
-    """Of every cache: what changes with its manifest, and when this was written. A folder without one is there, too."""
+def _there(root: Path | str, only: str = "") -> dict[str, tuple[str, float]]:
+    """Of every cache: what changes with its manifest, and when this was written. A folder without one is there, too.
+
+    only: of that one alone.
+    """
     if not isinstance(root, Path):
-        listed = root_at(root).listing("caches/")
+        listed = root_at(root).listing(f"caches/{only}")
         names = {place.split("/")[1]: item for place, item in listed.items() if place.endswith(f"/{manifest.NAME}")}
         return {name: (item.tag, item.written) for name, item in names.items() if _NAME.fullmatch(name)}
     found = {}
     try:
-        with os.scandir(root / "caches") as entries:
-            names_here = [entry.name for entry in entries if entry.is_dir()]
+        if only:
+            names_here = [only] if (root / "caches" / only).is_dir() else []
+        else:
+            with os.scandir(root / "caches") as entries:
+                names_here = [entry.name for entry in entries if entry.is_dir()]
     except FileNotFoundError:
         return {}
     except OSError as error:

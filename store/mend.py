@@ -63,7 +63,7 @@ def remove(objects: Objects, places: Iterable[str]) -> None:
 def _put(objects: Objects, place: str, data: bytes) -> None:
     held = _writable(objects)
     if isinstance(held, Folder):
-        for folder in [held.path / parent for parent in Path(place).parents]:
+        for folder in [held.path / parent for parent in Path(place).parents if parent.name]:
             if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
                 folder.unlink()  # a link would lead the bytes elsewhere
         path = held.path / place

@@ -65,16 +65,29 @@ class Stores:
                     seen.add(found.fingerprint)
                     yield found
 
-    def pick(self, prefix: str) -> Found:
-        """The one cache whose fingerprint begins like that. Raises Refused where there is none, or several."""
+    def named(self, prefix: str) -> str:
+        """The one fingerprint of a cache that begins like that, whether it reads or not. Raises Refused for none, or several."""
         self.check()
         if not re.fullmatch("[0-9a-f]{1,64}", prefix):
             raise Refused(f"CACHE={prefix} is no start of a fingerprint; `readcache catalog` lists them")
-        found = [item for item in self.listing() if isinstance(item, Found) and item.fingerprint.startswith(prefix)]
+        every = {str(where).rsplit("/", 1)[1] for root in self.roots for where in catalog.places(root)}
+        found = sorted(name for name in every if name.startswith(prefix))
         if len(found) != 1:
-            several = ", ".join(item.fingerprint[:16] for item in found[:8]) or "none"
+            several = ", ".join(name[:16] for name in found[:8]) or "none"
             raise Refused(f"CACHE={prefix} names {len(found)} caches under {self}: {several}; `readcache catalog` lists all")
         return found[0]
+
+    def pick(self, prefix: str) -> Found:
+        """That cache, from the first store where it reads. Raises Refused as `named` does, Damaged where it reads nowhere."""
+        name, wrong = self.named(prefix), Damaged(f"CACHE={prefix} went to the trash just now")
+        for root in self.roots:
+            try:
+                return catalog.one(root, name)
+            except FileNotFoundError:
+                continue
+            except Refused as error:
+                wrong = Damaged(str(error))
+        raise wrong
 
 
 def parse(said: Any) -> Stores:

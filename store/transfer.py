@@ -12,10 +12,10 @@ from pathlib import Path
 
 from store import catalog, compare, files, leases, manifest, verify, writer
 from store.bucket import Bucket
-from store.errors import Refused, damaged
+from store.errors import Damaged, Refused, damaged
 from store.manifest import Manifest
 from store.objects import Folder, Objects
-from store.stores import Root
+from store.stores import Root, root_of
 from store.writer import Published
 
 THREADS = 8
@@ -26,15 +26,32 @@ Told = Callable[[int], None]
 
 
 def copy(where: Root, root: Root, told: Told = lambda _: None) -> Published:
-    """Copy a published cache to a store; where it is there already, how this differs. Raises Damaged for a damaged source."""
+    """Copy a published cache to a store; where it is there already, how this differs.
+
+    Raises Damaged for a damaged source, and for a damaged one that is there: of one in an object store sizes are compared, not
+    every byte fetched.
+    """
     with leases.using(where):
         objects, described = verify.placed(where)
         described = described._replace(write="")
         found = catalog.find(root, described.fingerprint)
         if found:
+            _whole(found, where)
             told(described.bytes)
-            return Published(found, compare.difference(found, where))
+            return Published(found, compare.difference(found, where), new=False)
         return push(objects, described, Bucket(root), told) if isinstance(root, str) else _pull(objects, described, root, told)
+
+
+def _whole(found: Root, where: Root) -> None:
+    """Refuse to take for a copy of a cache what lies there under its name, and is not as it was published."""
+    for fault in verify.faults(found, digests=isinstance(found, Path)):
+        if fault.kind == "damaged":
+            raise Damaged(
+                f"{found}/{fault.place} is not as it was published ({fault.what}), and nothing is copied over it: `readcache "
+                f"repair` with STORE={root_of(found)},{root_of(where)} and the options that extracted it mends it from here"
+            )
+        if fault.kind == "unread":
+            raise Refused(f"{found}/{fault.place}: {fault.what}; see to the disk, rights or connection, then copy again")
 
 
 def push(objects: Objects, described: Manifest, root: Bucket, told: Told = lambda _: None) -> Published:
@@ -54,7 +71,7 @@ def push(objects: Objects, described: Manifest, root: Bucket, told: Told = lambd
         return Published(address)
     root.delete(f"{target}/{place}" for place in described.objects)
     winner = manifest.load(root.below(f"caches/{described.fingerprint}"))
-    return Published(address, None if winner.objects == described.objects else _differ(objects, address))
+    return Published(address, None if winner.objects == described.objects else _differ(objects, address), new=False)
 
 
 def _differ(objects: Objects, address: str) -> compare.Difference | None:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from store import manifest, reader
 from store.errors import Damaged, Refused
 from store.manifest import Manifest
-from store.objects import Objects, at
+from store.objects import Folder, Objects, at
 
 THREADS = 4
 
@@ -38,8 +38,11 @@ def bytes_of(where: Path | str) -> int:
         return 0
 
 
-def faults(where: Path | str) -> Iterator[Fault]:
-    """All that is wrong with a cache: missing and extra objects, sizes, sha256, and what only opening it tells."""
+def faults(where: Path | str, digests: bool = True) -> Iterator[Fault]:
+    """All that is wrong with a cache: missing and extra objects, sizes, sha256, and what only opening it tells.
+
+    digests: whether every byte is read; otherwise what a listing tells, and the small files.
+    """
     try:
         objects, described = placed(where)
         misplaced = reader.misplaced(where, described)
@@ -47,6 +50,7 @@ def faults(where: Path | str) -> Iterator[Fault]:
             yield Fault(manifest.NAME, misplaced)
             return
         there = objects.sizes()
+        strange = objects.strange() if isinstance(objects, Folder) else []
     except Damaged as error:
         yield Fault(manifest.NAME, str(error))
         return
@@ -55,6 +59,9 @@ def faults(where: Path | str) -> Iterator[Fault]:
         return
     for place in sorted(there.keys() - described.objects.keys() - {manifest.NAME}):
         yield Fault(place, "it is no part of this cache", "extra")
+    for place in strange:
+        if place not in described.objects:
+            yield Fault(place, "it is no part of this cache, nor a file", "extra")
 
     def check(place: str) -> Fault | None:
         receipt = described.objects[place]
@@ -62,6 +69,8 @@ def faults(where: Path | str) -> Iterator[Fault]:
             return Fault(place, "it is missing, or a link")
         if there[place] != receipt.size:
             return Fault(place, f"it has {there[place]} bytes, the manifest says {receipt.size}")
+        if not digests:
+            return None
         try:
             found = objects.sha256(place)
         except (OSError, Refused) as error:

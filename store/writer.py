@@ -9,6 +9,7 @@ links, chunk by chunk, each checked against its receipt; the folders of those th
 """
 
 import contextlib
+import errno
 import json
 import secrets
 import tempfile
@@ -22,11 +23,12 @@ import numpy as np
 
 from store import files, layout, leases, manifest
 from store.compare import Difference, difference
-from store.errors import Damaged, Refused
+from store.errors import Refused
 from store.files import Receipt
 from store.layout import Array
 from store.leases import Lease
 from store.manifest import Manifest
+from store.objects import Folder
 
 BUILDER = "builder.json"
 
@@ -41,6 +43,8 @@ class Published(NamedTuple):
     path: Path | str
     differs: Difference | None = None
     """how another's, which came first, differs from the one that was built"""
+    new: bool = True
+    """whether it was published by this very call"""
 
 
 def check_writable(folder: Path) -> None:
@@ -190,8 +194,12 @@ def finished(folder: Path, number: int, paths: Collection[str], origin: str = ""
 
 def left_behind(root: Path, fingerprint: str) -> int:
     """How much of this cache an interrupted builder has already written, in bytes."""
-    folders = (root / "building" / fingerprint).glob("*/cache")
-    return max((sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in folders), default=0)
+    sizes: dict[str, int] = {}
+    for place, about in Folder(root).listing(f"building/{fingerprint}/").items():
+        _, _, builder, part, *_ = (*place.split("/"), "")
+        if part == "cache":
+            sizes[builder] = sizes.get(builder, 0) + about.size
+    return max(sizes.values(), default=0)
 
 
 def write_table(folder: Path, path: str, data: np.ndarray, array: Array) -> dict[str, Receipt]:
@@ -221,20 +229,29 @@ def publish(root: Path, folder: Path, done: Manifest) -> Published:
     target = root / "caches" / done.fingerprint
     files.make(target.parent)
     files.sync_folder(root)  # where `caches` is new
-    differs = None
     while True:
+        first = _number(target)
         try:
             files.rename(cache, target)
+            published = Published(target)
             break
-        except OSError:
-            if not target.is_dir():
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not target.is_dir():
                 raise
         try:
-            differs = difference(target, cache)
+            published = Published(target, difference(target, cache), new=False)
             break
-        except Damaged:
-            if target.exists():
+        except Refused:
+            if first is not None and _number(target) == first:
                 raise
             # it went to the trash meanwhile: ours, then
     files.sync_folder(target.parent)
-    return Published(target, differs)
+    return published
+
+
+def _number(folder: Path) -> int | None:
+    """What tells a folder from another that has come to its name; None where there is none."""
+    try:
+        return folder.stat().st_ino
+    except FileNotFoundError:
+        return None

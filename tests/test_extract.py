@@ -59,7 +59,7 @@ def test_what_is_written_beside_the_forward_pass_is_what_each_chunk_is_by_itself
     planned = prepare(config)
     part = planned.parts["train"]
     whole = Backbone(planned.checkpoint.path, planned.anatomy, CPU)
-    cache = store.open(command.publish_split(config, planned, "train", part, whole, Show(True)))
+    cache = store.open(command.publish_split(config, planned, "train", part, whole, Show(True)).path)
     build = part.build
     for number in range(cache.chunks):
         examples = range(*build.placement.first[number : number + 2].tolist())

@@ -16,7 +16,8 @@ import pytest
 from test_writer import Toy, content
 
 import store
-from store import files, leases, writer
+from store import files, leases, manifest, trash, writer
+from store.objects import Folder
 from store.writer import Vanished
 
 ROOT = Path(store.__file__).parents[1]
@@ -251,6 +252,45 @@ def test_a_holder_that_was_stopped_until_its_lease_expired_ends_with_the_same_ca
     assert content(toy.path(tmp_path)) == whole
 
 
+@pytest.mark.parametrize("when", ["before its manifest is read", "after its manifest is read"])
+def test_what_is_thrown_away_while_it_is_published_again_is_published(tmp_path, whole, monkeypatch, when):
+    """A builder finds another's in its place, and that goes to the trash under its eyes."""
+    toy, load, thrown = Toy(), manifest.load, []
+    toy.build(tmp_path)
+
+    def throws():
+        if not thrown:
+            thrown.append(trash.throw(tmp_path, toy.path(tmp_path).name))
+
+    def loads(held):
+        if when.startswith("before"):
+            throws()
+        found = load(held)
+        throws()
+        return found
+
+    monkeypatch.setattr(manifest, "load", loads)
+    toy.build(tmp_path)
+    assert thrown and content(toy.path(tmp_path)) == whole
+
+
+def test_how_far_others_are_can_be_asked_while_they_publish(tmp_path, monkeypatch):
+    with writer.building(tmp_path, "f" * 64) as mine:
+        files.put(mine.folder / "cache" / "a", b"x" * 10, sync=False)
+        files.put(mine.folder / "cache" / "b" / "c", b"x" * 5, sync=False)
+        files.put(mine.folder / "receipts" / "0.json", b"x" * 99, sync=False)
+        assert writer.left_behind(tmp_path, "f" * 64) == 15
+        listed = os.scandir
+
+        def gone(path):
+            if str(path).endswith("b"):
+                raise FileNotFoundError(path)
+            return listed(path)
+
+        monkeypatch.setattr(os, "scandir", gone)
+        assert writer.left_behind(tmp_path, "f" * 64) == 10
+
+
 def test_a_builder_of_other_hardware_shares_no_chunk(tmp_path):
     """Chunks of two machines are never mixed in one cache."""
     one, other = Toy(content_seed=1), Toy(content_seed=2)
@@ -294,15 +334,15 @@ def test_a_lease_says_who_and_how_far(tmp_path, monkeypatch):
 def test_a_heartbeat_goes_on_after_one_that_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "BEAT", 0.02)
     path = leases.take(tmp_path, "a" * 64)
-    held, read, failed = leases.Lease(path), Path.read_bytes, []
+    held, read, failed = leases.Lease(path), Folder.read, []
 
-    def fails(self):
-        if self == path and len(failed) < 3:
+    def fails(self, place, most=None):
+        if self.path / place == path and len(failed) < 3:
             failed.append(self)
             raise OSError(errno.EMFILE, "Too many open files")
-        return read(self)
+        return read(self, place, most)
 
-    monkeypatch.setattr(Path, "read_bytes", fails)
+    monkeypatch.setattr(Folder, "read", fails)
     deadline = time.monotonic() + 5
     while len(failed) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)

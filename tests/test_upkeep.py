@@ -1,5 +1,7 @@
 """A store looked after, as a user types it: verify, repair, explain, du, gc, pins, push and pull, reuse, several stores."""
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -27,7 +29,8 @@ from pipeline.config import Extract
 from pipeline.show import Show
 from stages import extract
 from stages.backbone import Backbone
-from store import leases, verify, writer
+from store import files, leases, trash, verify, writer
+from store.fingerprint import canonical
 
 ROOT = Path(pipeline.__file__).parents[1]
 
@@ -172,6 +175,15 @@ def test_recompute_tells_the_backbones_states_from_others(capfd, asked, monkeypa
     assert "off by" in found["faults"][0]["what"]
 
 
+def test_recompute_goes_on_past_a_damaged_cache(capfd, asked):
+    asked |= {"splits": "train,validation"}
+    made = call(capfd, "extract", **asked)["splits"]
+    spoil(asked["store"] / "caches" / made["train"]["fingerprint"] / "encoder/values/c.0.0.0", "flipped")
+    told = call(capfd, "verify", **asked, recompute=5, as_listed=True)
+    assert len(told["faults"]) == 1 and told["recomputed"].keys() == {"validation"}
+    assert told["recomputed"]["validation"]["identical"]
+
+
 def test_recompute_of_what_is_not_there_says_so(capfd, asked):
     assert "has no cache of sst2, train" in call(capfd, "verify", **asked, recompute=3, status=2)["error"]
 
@@ -194,6 +206,56 @@ def test_a_repair_that_cannot_read_now_takes_nothing_away(capfd, asked, made, mo
                 )
             assert "cannot be read now" in call(capfd, "repair", **asked, status=2)["error"]
         assert content(path) == whole
+
+
+def test_a_cache_that_lies_on_another_disk_is_mended_there(capfd, asked, made, tmp_path):
+    """Its folder is a link, which somebody made for want of room."""
+    path, whole = made
+    path.rename(tmp_path / "roomy")
+    path.symlink_to(tmp_path / "roomy")
+    for place in ("encoder/values/c.1.0.0", "zarr.json"):
+        spoil(path / place, "flipped")
+        call(capfd, "repair", **asked)
+        assert path.is_symlink() and content(tmp_path / "roomy") == whole
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/etc"), os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_and_no_part_of_a_cache_is_listed_and_removed(capfd, asked, made, make):
+    path, whole = made
+    make(path / "encoder" / "odd")
+    (fault,) = call(capfd, "verify", "--store", str(asked["store"]), as_listed=True)["faults"]
+    assert fault["place"] == "encoder/odd" and "no part of this cache" in fault["what"]
+    call(capfd, "repair", **asked)
+    assert content(path) == whole and not os.path.lexists(path / "encoder" / "odd")
+
+
+def test_a_cache_of_another_version_is_neither_mended_nor_taken_away(capfd, asked, made):
+    path, whole = made
+    text = whole["manifest.json"].replace(b'"format": 1', b'"format": 2')
+    body = {name: value for name, value in json.loads(text).items() if name != "digest"}
+    theirs = json.dumps(body | {"digest": hashlib.sha256(canonical(body)).hexdigest()}).encode()
+    (path / "manifest.json").write_bytes(theirs)
+    assert "format 2, this version reads 1" in call(capfd, "repair", **asked, status=2)["error"]
+    call(capfd, "gc", "--delete", store=asked["store"], grace=0)
+    assert content(path) == whole | {"manifest.json": theirs}
+
+
+def test_verify_names_one_that_does_not_read_and_passes_over_one_that_is_thrown_away(capfd, asked, made, monkeypatch):
+    path, _ = made
+    spoil(path / "manifest.json", "zero")
+    found = call(capfd, "verify", "--store", str(asked["store"]), "--cache", path.name[:9], as_listed=True)
+    assert [fault["place"] for fault in found["faults"]] == ["manifest.json"]
+    using = leases.using
+
+    @contextmanager
+    def late(where):
+        """It goes to the trash after it was listed."""
+        with using(where):
+            trash.throw(asked["store"], where.name)
+            yield
+
+    monkeypatch.setattr(leases, "using", late)
+    assert call(capfd, "verify", store=asked["store"])["faults"] == []
 
 
 def test_a_cache_under_another_name_is_listed_and_nothing_of_it_is_taken_away(capfd, asked, made):
@@ -308,6 +370,45 @@ def test_gc_takes_nothing_while_a_run_cannot_be_read(capfd, said, harm):  # noqa
     assert not (said["store"] / "trash").exists()
 
 
+@pytest.mark.parametrize("folder", ["runs", "runs/sst2", "leases", "leases/" + "f" * 64, "pins"])
+def test_gc_takes_nothing_while_it_may_not_look_who_needs_it(capfd, said, monkeypatch, folder):  # noqa: F811
+    call(capfd, "train", **said, **FAST)
+    hidden, listed = said["store"] / folder, os.scandir
+    hidden.mkdir(parents=True, exist_ok=True)
+
+    def denied(path="."):
+        if Path(path) == hidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert "Permission denied" in call(capfd, "gc", "--delete", store=said["store"], grace=0, status=2)["error"]
+    assert len(list((said["store"] / "caches").iterdir())) == 2 and not (said["store"] / "trash").exists()
+
+
+def test_gc_that_could_not_take_away_what_it_should_says_so_in_its_exit_code(capfd, asked, made, monkeypatch):
+    def denied(path, target):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "rename", denied)
+    told = call(capfd, "gc", "--delete", store=asked["store"], grace=0, as_listed=True)
+    assert "not removed (Permission denied" in told["faults"][0]["what"] and made[0].exists()
+
+
+def test_a_copy_in_the_trash_of_what_is_published_again_goes_though_it_is_held(capfd, asked, made):
+    path, whole = made
+    call(capfd, "pin", store=asked["store"], cache=path.name[:9], name="paper")
+    spoil(path / "manifest.json", "flipped")
+    call(capfd, "repair", **asked)
+    spoil(path / "encoder/values/c.1.0.0", "flipped")
+    call(capfd, "gc", "--delete", store=asked["store"], grace=0)
+    assert len(list((asked["store"] / "trash").iterdir())) == 1, "the copy that is published is not whole"
+    call(capfd, "repair", **asked)
+    assert any(item["goes"] for item in call(capfd, "gc", store=asked["store"], grace=0)["items"])
+    call(capfd, "gc", "--delete", store=asked["store"], grace=0)
+    assert list((asked["store"] / "trash").iterdir()) == [] and content(path) == whole
+
+
 def test_a_cache_whose_rows_were_copied_is_held_by_the_one_that_has_them(capfd, asked, made, grown):
     name = call(capfd, "extract", **asked | {"data": grown, "reuse": True})["splits"]["train"]["fingerprint"]
     call(capfd, "pin", store=asked["store"], cache=name[:9], name="paper")
@@ -318,8 +419,6 @@ def test_a_cache_whose_rows_were_copied_is_held_by_the_one_that_has_them(capfd, 
 def test_a_held_cache_in_the_trash_is_never_deleted_for_what_lies_in_its_place(capfd, asked, made):
     path, whole = made
     call(capfd, "pin", store=asked["store"], cache=path.name[:9], name="paper")
-    from store import trash
-
     entry = trash.throw(asked["store"], path.name)
     (path / "encoder").mkdir(parents=True)
     (path / "encoder" / "x").write_bytes(b"x")
@@ -338,8 +437,11 @@ def test_what_the_dead_left_goes_too(capfd, asked, made):
         path.write_bytes(b"x" * 1000)
     os.utime(left[2], (0, 0))
     assert call(capfd, "du", store=asked["store"])["stores"][0]["training"] == 1000
-    call(capfd, "gc", "--delete", store=asked["store"])
-    assert all(path.exists() for path in left[:2]), "too young"
+    call(capfd, "gc", "--delete", store=asked["store"], grace=0)
+    assert all(path.exists() for path in left[:2]), "somebody may be at it"
+    for path in left[:2]:
+        os.utime(path, (0, 0))
+        os.utime(path.parent, (0, 0))
     call(capfd, "gc", "--delete", store=asked["store"], grace=0)
     assert not any(path.exists() or (path.parent.name in (".abcd", "ab") and path.parent.exists()) for path in left)
 
@@ -400,8 +502,14 @@ def test_push_and_pull_copy_what_is_asked_for_and_refuse_what_is_damaged(capfd, 
     assert [item["fingerprint"] for item in told["caches"]] == [path.name]
     assert content(tmp_path / "other" / "caches" / path.name) == whole
     spoil(path / "encoder/values/c.1.0.0", "flipped")
-    error = call(capfd, "push", store=asked["store"], to=tmp_path / "third", cache=path.name[:8], status=2)["error"]
-    assert "c.1.0.0" in error and not (tmp_path / "third" / "caches").exists()
+    (path.parent / ("0" * 64)).mkdir()
+    told = call(capfd, "push", store=asked["store"], to=tmp_path / "third", cache="all", as_listed=True)
+    assert "/".join(["0" * 64, "manifest.json"]) in told["faults"][0] and "c.1.0.0" in told["faults"][1]
+    assert told["caches"] == [] and not (tmp_path / "third" / "caches").exists()
+    (told,) = call(capfd, "push", store=asked["store"], to=tmp_path / "other", cache=path.name[:8])["caches"]
+    assert not told["new"], "it is there, and whole"
+    (fault,) = call(capfd, "pull", source=tmp_path / "other", store=asked["store"], cache="all", as_listed=True)["faults"]
+    assert f"{path}/encoder/values/c.1.0.0" in fault and "repair" in fault, "a damaged one that is there is no copy"
     for wrong, expected in (({}, "give CACHE="), ({"cache": "x"}, "no start of"), ({"cache": "all", "to": None}, "give TO=")):
         assert expected in call(capfd, "push", **{"store": asked["store"], "to": tmp_path / "t"} | wrong, status=2)["error"]
     assert "none that can be listed" in call(capfd, "push", store=asked["store"], to="ftp://x", cache="all", status=2)["error"]
@@ -494,6 +602,18 @@ def test_rows_of_another_backbone_are_never_copied(capfd, asked, made, tmp_path,
         assert call(capfd, "plan", "--reuse", **asked | {"data": grown} | same)["splits"]["train"]["reused"] > 90
 
 
+def test_reuse_passes_over_what_it_may_not_read(capfd, asked, made, grown, monkeypatch):
+    sizes = store.objects.Folder.sizes
+
+    def denied(self):
+        if self.path == made[0]:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return sizes(self)
+
+    monkeypatch.setattr(store.objects.Folder, "sizes", denied)
+    assert call(capfd, "extract", "--reuse", **asked | {"data": grown})["splits"]["train"]["reused"] == 0
+
+
 def test_reuse_and_dask_do_not_go_together(capfd, asked):
     assert "leave one of them out" in call(capfd, "extract", "--reuse", **asked, dask="tcp://127.0.0.1:1", status=2)["error"]
 
@@ -539,7 +659,7 @@ def test_of_two_who_extract_the_same_one_waits_and_says_for_whom(asked, monkeypa
 
     def run(show):
         backbone = Backbone(planned.checkpoint.path, planned.anatomy, torch.device("cpu"))
-        paths.append(command.publish_split(config, planned, "train", planned.parts["train"], backbone, show))
+        paths.append(command.publish_split(config, planned, "train", planned.parts["train"], backbone, show).path)
 
     threads = [threading.Thread(target=run, args=(show,)) for show in shows]
     threads[0].start()
@@ -568,12 +688,12 @@ def test_extractors_that_disagree_keep_the_first_and_say_by_how_much(asked, monk
             patch.setattr(writer, "publish", publish)
             patch.setattr(extract, "select", lambda *a: [state * 1.02 for state in select(*a)])
             patch.setattr(command, "signature", lambda device: "another machine")
-            late.path = command.publish_split(config, planned, "train", planned.parts["train"], backbone, Lines())
+            late.path = command.publish_split(config, planned, "train", planned.parts["train"], backbone, Lines()).path
             late.bytes = content(late.path)
         return publish(root, folder, done)
 
     monkeypatch.setattr(writer, "publish", late)
-    path = command.publish_split(config, planned, "train", planned.parts["train"], backbone, show)
+    path = command.publish_split(config, planned, "train", planned.parts["train"], backbone, show).path
     assert path == late.path and content(path) == late.bytes
     (line,) = [line for line in show.lines if "meanwhile" in line]
     assert "states by" in line and "relatively by 0.0" in line and "stays, and is used" in line

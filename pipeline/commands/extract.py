@@ -53,16 +53,17 @@ def run(config: Extract, show: Show, checked: Callable[[Recipe], object] | None 
         else:
             if opened is None and config.dask is None:
                 opened = Backbone(planned.checkpoint.path, planned.anatomy, pick(config.device))
-            path = publish_split(config, planned, split, part, opened, show)
-            part = part._replace(found=manifest.load(at(path)))  # what is compressed is known by size only now
+            published = publish_split(config, planned, split, part, opened, show)
+            part = part._replace(found=manifest.load(at(published.path)))  # what is compressed is known by size only now
             spent = duration(time.perf_counter() - begun)
-            show.line(f"{split}: published {part.fingerprint[:12]}, {size(part.found.bytes)} at {path} in {spent}")
+            what = f"{part.fingerprint[:12]}, {size(part.found.bytes)} at {published.path}"
+            show.line(f"{split}: published {what} in {spent}" if published.new else f"{split}: {what} is there, after {spent}")
         document["splits"][split] = summary(part, 0.0 if part.hit else time.perf_counter() - begun)
     return document
 
 
-def publish_split(config: Extract, planned: Planned, split: str, part: Part, opened: Backbone | None, show: Show) -> Root:
-    """Build and publish one split; returns where it is. opened: the backbone, where chunks are built in this process.
+def publish_split(config: Extract, planned: Planned, split: str, part: Part, opened: Backbone | None, show: Show) -> Published:
+    """Build and publish one split; where it is. opened: the backbone, where chunks are built in this process.
 
     Of several who extract the same, one is waited for, unless --no-wait; what it has finished when it dies is taken over.
     """
@@ -72,7 +73,7 @@ def publish_split(config: Extract, planned: Planned, split: str, part: Part, ope
         if found := config.store.find(part.fingerprint) or _from_trash(config, split, part.fingerprint, show):
             if lease:
                 Lease(lease).close()
-            return found
+            return Published(found, new=False)
         try:
             published = _publish(config, base, planned, split, part, opened, show, lease)
         except writer.Vanished as error:
@@ -83,7 +84,7 @@ def publish_split(config: Extract, planned: Planned, split: str, part: Part, ope
                 f"{split}: another extraction has published it meanwhile: {published.differs} (other hardware or libraries); "
                 f"the published cache stays, and is used"
             )
-        return published.path
+        return published
     raise Refused(f"{split}: {base}/building is cleaned away again and again; see who deletes there, then run again")
 
 

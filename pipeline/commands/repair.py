@@ -36,7 +36,8 @@ def run(config: Repair, show: Show) -> dict[str, Any]:
             raise Refused(f"{where}/{still[0].place} is still damaged ({still[0].what}); move it away and extract again")
         places = [fault.place for fault in wrong]
         document["splits"][split] = {"fingerprint": part.fingerprint, "damaged": places, "mended": places}
-        show.line(f"{split}: {where} {f'mended: {len(wrong)} files' if wrong else 'is as published'}")
+        mended = f"mended: {len(wrong)} file{'s' if wrong[1:] else ''}"
+        show.line(f"{split}: {where} {mended if wrong else 'is as published'}")
     if not document["splits"]:
         raise Refused(f"{config.store.target} has no cache of {planned.task.name} with these options; `readcache plan` says more")
     return document
@@ -75,10 +76,10 @@ def _mend(config: Repair, planned: Planned, split: str, part: Part, where: Root,
 def _anew(config: Repair, planned: Planned, split: str, part: Part, show: Show) -> None:
     """Extract all of a cache again; what is there goes to the trash."""
     root = config.store.target
-    show.line(f"{split}: the manifest is damaged: the cache goes to the trash, and all of it is extracted again")
-    trash.throw(root, part.fingerprint)
     again = Extract.part_of(config, split).model_copy(update={"store": Stores((root,))})
     backbone = Backbone(planned.checkpoint.path, planned.anatomy, pick(config.device))
+    show.line(f"{split}: the manifest is damaged: the cache goes to the trash, and all of it is extracted again")
+    trash.throw(root, part.fingerprint)
     extract.publish_split(again, planned, split, part, backbone, show)
 
 
