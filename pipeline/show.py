@@ -1,5 +1,6 @@
 """What a user sees: lines, tables, progress with rate and time left. With --json all of it goes to standard error."""
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,8 @@ MANY = 500
 PLAIN_WIDTH = 200
 """of a table where there is no terminal, in characters"""
 
+_ODD = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
 
 class Show:
     """A place to print to."""
@@ -31,7 +34,7 @@ class Show:
 
     def line(self, text: str) -> None:
         """A line."""
-        self.console.print(text)
+        self.console.print(harmless(text))
 
     def table(self, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
         """A table; numbers to the right."""
@@ -134,7 +137,12 @@ def _numbers(body: list[list[str]], index: int) -> bool:
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else harmless(str(value))
+
+
+def harmless(text: str) -> str:
+    """Text that others have written, without what a terminal would obey or could not print."""
+    return _ODD.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def size(count: int) -> str:
@@ -154,4 +162,4 @@ def duration(seconds: float) -> str:
 
 def warn(text: str) -> None:
     """A line on standard error."""
-    print(text, file=sys.stderr)
+    print(harmless(text), file=sys.stderr)

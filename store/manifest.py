@@ -20,6 +20,8 @@ from store.objects import Folder, Objects
 NAME = "manifest.json"
 MOST = 256 << 20
 """of a manifest, in bytes: one of a million objects is smaller"""
+LARGEST = 1 << 53
+"""of an object, in bytes"""
 _DIGITS = 64
 _PATH = re.compile(r"(?:(?!\.\.?(?:/|$))[A-Za-z0-9_.%~-]{1,255}/)*(?!\.\.?$)[A-Za-z0-9_.%~-]{1,255}")
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -86,27 +88,27 @@ def planned(recipe: dict[str, Any], about: dict[str, Any], counts: dict[str, int
 
 
 def load(where: Path | Objects) -> Manifest:
-    """Read a cache's manifest. Raises Damaged where it is missing, altered in any byte, or of another format."""
+    """Read a cache's manifest. Raises Damaged where it is missing or altered in any byte, Refused where it has another format."""
     held = Folder(where) if isinstance(where, Path) else where
     try:
         text = held.read(NAME, MOST)
     except FileNotFoundError:
         raise Damaged(
-            f"{held}/{NAME} is missing: {held} is no cache (look at the path), or one that lost its manifest; then remove {held} "
-            f"and extract again"
+            f"{held}/{NAME} is missing: {held} is no cache (look at the path), or one that lost its manifest; then repair it, or "
+            f"remove {held} and extract again"
         ) from None
     except ValueError as error:
-        raise Damaged(f"{held}/{NAME} is not a manifest ({error}); remove {held} and extract again") from None
+        raise Damaged(f"{held}/{NAME} is not a manifest ({error}); repair it, or remove {held} and extract again") from None
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise Damaged(f"{held}/{NAME} is a link, and no manifest; remove {held} and extract again") from None
+            raise Damaged(f"{held}/{NAME} is a link, and no manifest; repair it, or remove {held} and extract again") from None
         raise Refused(f"{held}/{NAME} cannot be read ({error.strerror}); see to its rights and its disk") from None
     return parsed(text, str(held))
 
 
 def parsed(text: bytes, held: str) -> Manifest:
-    """A manifest from its text. held: the cache, for messages. Raises Damaged as `load` does."""
-    path, again = f"{held}/{NAME}", f"remove {held} and extract again"
+    """A manifest from its text. held: the cache, for messages. Raises Damaged and Refused as `load` does."""
+    path, again, same = f"{held}/{NAME}", f"repair it, or remove {held} and extract again", False
     try:
         body = parse(text)
         told = body["format"]
@@ -119,20 +121,27 @@ def parsed(text: bytes, held: str) -> Manifest:
             write = _write(body.get("write", ""))
             found = Manifest(body["recipe"], body["about"], body["counts"], objects, reused, write)
             same = dump(found) == text
+        foreign = told != FORMAT and _sound(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path} is not a manifest ({type(error).__name__}: {error}); {again}") from None
-    if told != FORMAT:
-        raise Damaged(f"{path} has format {told!r}, this version reads {FORMAT}; use a matching readcache or {again}")
+    if foreign:
+        raise Refused(f"{path} has format {told!r}, this version reads {FORMAT}; use a matching readcache or {again}")
     if not same:
         raise Damaged(f"{path} was altered: its digest {str(body.get('digest'))[:12]}… is not that of its text; {again}")
     return found
+
+
+def _sound(body: dict[str, Any]) -> bool:
+    """Whether a manifest is as it was written, whatever it says."""
+    rest = {name: value for name, value in body.items() if name != "digest"}
+    return bool(hashlib.sha256(canonical(rest)).hexdigest() == body.get("digest"))
 
 
 def _object(place: str, item: dict[str, Any]) -> Receipt:
     if not plain(place):
         raise ValueError(f"a path may not leave its cache, and {place[:80]!r} is none that this format writes")
     size, digest = item["size"], item["sha256"]
-    if type(size) is not int or size < 0 or not _SHA256.fullmatch(digest):
+    if type(size) is not int or not 0 <= size <= LARGEST or not _SHA256.fullmatch(digest):
         raise ValueError(f"{place} has size {size!r} and sha256 {digest!r}")
     return Receipt(size, digest)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numcodecs.blosc import Blosc
+from test_commands import FAST, call, said  # noqa: F401
 from test_writer import Toy
 
 import store
@@ -417,11 +418,69 @@ def test_a_run_that_asks_for_more_than_its_weights_is_refused_before_it_is_made(
     told = {"fingerprints": {}, "recipe": {}, "metrics": {}, "config": {}, "backbone": ""}
     path = runs.save(tmp_path, TASKS["sst2"], "x", shape, build(shape), told, [])
     runs.load_head(runs.open_run(path))
-    said = json.loads((path / "read_config.json").read_bytes())
-    (path / "read_config.json").write_text(json.dumps(said | {"hidden": 1 << 20}))
+    config = json.loads((path / "read_config.json").read_bytes())
+    (path / "read_config.json").write_text(json.dumps(config | {"hidden": 1 << 20}))
     with pytest.raises(Damaged, match="by read_config.json"):
         runs.load_head(runs.open_run(path))
-    (path / "read_config.json").write_text(json.dumps(said))
+    (path / "read_config.json").write_text(json.dumps(config))
     (path / "read_model.safetensors").write_bytes(pickle.dumps({"a": torch.ones(3)}))
     with pytest.raises(Damaged, match="train again"):
         runs.load_head(runs.open_run(path))
+
+
+DEEP = b"[" * 100_000
+SAYS = {
+    "a size of four hundred digits": lambda body: body["objects"]["zarr.json"].update(size=10**400),
+    "half a letter": lambda body: body["about"].update(task="\ud800"),
+    "what a terminal obeys": lambda body: body["about"].update(task="\x1b]0;title\x07\x1b[2J"),
+}
+
+
+@pytest.mark.parametrize("verb", ["catalog", "du", "gc", "verify"])
+@pytest.mark.parametrize("says", SAYS)
+def test_a_manifest_that_says_odd_things_takes_no_command_from_others(capfd, said, verb, says):  # noqa: F811
+    from pipeline.__main__ import main
+
+    made = call(capfd, "extract", **said | {"splits": "train"})["splits"]["train"]["fingerprint"]
+    shutil.copytree(said["store"] / "caches" / made, said["store"] / "caches" / ("0" * 64))
+    rewrite(said["store"] / "caches" / ("0" * 64), SAYS[says])
+    rewrite(said["store"] / "caches" / made, SAYS[says] if "digits" not in says else lambda body: None)
+    with pytest.raises(SystemExit) as left:
+        main([verb, "--store", str(said["store"])])
+    out = "".join(capfd.readouterr())
+    assert left.value.code == (1 if verb == "verify" else 0) and "Traceback" not in out
+    assert "\x1b" not in out and "\x07" not in out
+
+
+@pytest.mark.parametrize(
+    "what", [b'{"who": "x", "process": "", "done": Infinity}', DEEP[:60_000], b"[]", b"\xff", b"x" * (1 << 20)]
+)
+def test_a_lease_that_says_odd_things_holds_and_stops_nobody(capfd, said, what):  # noqa: F811
+    made = call(capfd, "extract", **said | {"splits": "train"})["splits"]["train"]["fingerprint"]
+    path = said["store"] / "leases" / made / "x.json"
+    files.put(path, what, sync=False)
+    (item,) = call(capfd, "gc", "--delete", store=said["store"], grace=0)["items"]
+    assert item["held"] == ["in use by somebody"] and not item["goes"]
+
+
+RUNS = {
+    "deep": DEEP,
+    "fingerprints that are none": lambda told: told | {"fingerprints": {"train": ["x"]}},
+    "no metrics": lambda told: told | {"metrics": {}},
+    "metrics that are none": lambda told: told | {"metrics": {"validation": 3}},
+    "scores that are none": lambda told: told | {"metrics": {"validation": {"accuracy": "x"}}},
+}
+
+
+@pytest.mark.parametrize("harm", RUNS)
+def test_a_run_that_says_odd_things_is_listed_as_damaged(capfd, said, harm):  # noqa: F811
+    trained = call(capfd, "train", **said, **FAST)
+    path = said["store"] / "runs/sst2" / trained["run"] / "run.json"
+    told = RUNS[harm]
+    path.write_bytes(told if isinstance(told, bytes) else json.dumps(told(json.loads(path.read_bytes()))).encode())
+    (damaged,) = call(capfd, "catalog", store=said["store"])["damaged"]
+    assert trained["run"] in damaged and "train again" in damaged
+    if harm in ("deep", "fingerprints that are none", "metrics that are none"):
+        assert "cannot tell which caches it needs" in call(capfd, "gc", store=said["store"], status=2)["error"]
+    else:
+        assert {item["held"][0] for item in call(capfd, "gc", store=said["store"])["items"]} == {f"run {trained['run']}"}

@@ -14,9 +14,10 @@ import zarr
 from test_writer import Toy, content
 
 import store
-from store import Damaged, layout, manifest
+from store import Damaged, Refused, layout, manifest, verify
 from store.codecs import codec
 from store.files import Receipt
+from store.fingerprint import canonical
 
 OBJECTS = sorted(
     {
@@ -83,9 +84,17 @@ def test_a_changed_word_in_the_manifest_is_seen(mine):
 
 
 def test_another_format_is_named(mine):
+    """It is whole, and another version's: nothing here may call it damaged, and mend it, or clean it away."""
     path = mine / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(Damaged, match="format 2, this version reads 1"):
+    said = json.loads(path.read_text()) | {"format": 2}
+    del said["digest"]
+    path.write_text(json.dumps(said | {"digest": hashlib.sha256(canonical(said)).hexdigest()}))
+    with pytest.raises(Refused, match="format 2, this version reads 1") as told:
+        store.open(mine)
+    assert not isinstance(told.value, Damaged)
+    assert [fault.kind for fault in verify.faults(mine)] == ["unread"]
+    path.write_text(json.dumps(said | {"digest": "0" * 64}))
+    with pytest.raises(Damaged, match="was altered"):
         store.open(mine)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from pipeline import runs
 from pipeline.config import Catalog
+from pipeline.runs import Run
 from pipeline.show import Show, size
 from store import pins
 from store.errors import Damaged
@@ -18,14 +19,10 @@ def run(config: Catalog, show: Show) -> dict[str, Any]:
         if isinstance(saved, Damaged):
             document["damaged"].append(str(saved))
             continue
-        told = saved.told
-        split, values = next(iter(told["metrics"].items()))
-        metric, value = next(iter(values.items()))
-        document["runs"].append(
-            {"run": saved.path.name, "task": told["task"], "split": split, "metric": metric, "score": value,
-             "linear_probe": told["linear_probe"][split][metric], "trainable_parameters": told["trainable_parameters"],
-             "fingerprints": told["fingerprints"]}
-        )  # fmt: skip
+        try:
+            document["runs"].append(_row(saved))
+        except (KeyError, TypeError, ValueError, StopIteration) as error:
+            document["damaged"].append(f"run {saved.path}: run.json lacks something ({error!r}); train again")
     best: dict[str, float] = {}
     for saved_run in document["runs"]:
         for fingerprint in saved_run["fingerprints"].values():
@@ -58,3 +55,14 @@ def run(config: Catalog, show: Show) -> dict[str, Any]:
     for text in document["damaged"]:
         show.line(text)
     return document
+
+
+def _row(saved: Run) -> dict[str, Any]:
+    told = saved.told
+    split, values = next(iter(told["metrics"].items()))
+    metric, value = next(iter(values.items()))
+    return {
+        "run": saved.path.name, "task": str(told["task"]), "split": split, "metric": metric, "score": float(value),
+        "linear_probe": float(told["linear_probe"][split][metric]), "trainable_parameters": int(told["trainable_parameters"]),
+        "fingerprints": told["fingerprints"],
+    }  # fmt: skip
