@@ -1,6 +1,8 @@
 """The caches that stage two trains from: found, or extracted first; their labels; the shape of a head on them."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from stages.access import check_codec
 from stages.kinds import KINDS, article, check_rule, pool_of
 from stages.shape import Shape, check_names
 from stages.tasks import Task
-from store import Cache, transfer
+from store import Cache, leases, transfer
 from store.errors import Refused
 from store.stores import Root, root_of
 
@@ -40,6 +42,13 @@ class Opened(NamedTuple):
     def recipe(self) -> Recipe:
         """Of the train split."""
         return self.caches[self.task.train].manifest.recipe
+
+
+@contextmanager
+def using(*opened: Opened) -> Iterator[None]:
+    """Say that caches are in use, so that nobody's `gc` takes them: until what was trained is saved, and holds them itself."""
+    with leases.using(*dict.fromkeys(cache.where for each in opened for cache in each.caches.values())):
+        yield
 
 
 def check(config: Train) -> Task:

@@ -6,6 +6,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -22,10 +23,11 @@ SECONDS = 60.0
 class Resume:
     """Keeps the standing of one pass."""
 
-    def __init__(self, root: Path, key: str) -> None:
-        """key: of all that fixes the heads of the pass, and where they end."""
+    def __init__(self, root: Path, key: str, told: Callable[[str], None]) -> None:
+        """key: of all that fixes the heads of the pass, and where they end. told: of what could not be kept."""
         self.path = root / "training" / f"{key}.safetensors"
         self.kept = time.monotonic()
+        self.told = told
 
     def load(self) -> Standing | None:
         """What was kept, if it is whole."""
@@ -34,7 +36,7 @@ class Resume:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 found = Standing(json.loads(file.metadata()["numbers"]), tensors)
                 return found if file.metadata()["digest"] == _digest(found) else None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def due(self) -> bool:
@@ -42,9 +44,12 @@ class Resume:
         return time.monotonic() - self.kept >= SECONDS
 
     def save(self, standing: Standing) -> None:
-        """Keep it, in place of the one before."""
+        """Keep it, in place of the one before; where that cannot be, training goes on without."""
         told = {"numbers": json.dumps(standing.numbers), "digest": _digest(standing)}
-        files.write(self.path, safetensors.torch.save(standing.tensors, told))
+        try:
+            files.write(self.path, safetensors.torch.save(standing.tensors, told))
+        except OSError as error:
+            self.told(f"where this training stands could not be kept under {self.path.parent} ({error.strerror}); it goes on")
         self.kept = time.monotonic()
 
     def done(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from pipeline import fitting
 from pipeline.board import Board
 from pipeline.show import Show
-from pipeline.together import Asked, clock, saved, using
+from pipeline.together import Asked, clock, saved
 from stages.device import pick
 from stages.evaluate import say, score
 from stages.heads import Head
@@ -54,7 +54,7 @@ def _seed(asked: list[Asked], show: Show, seconds: dict[str, float]) -> list[dic
         plain = [fitting.plain(each.opened, here, each.shape) for each, here in zip(asked, loaded, strict=True)]
     fits = [here.fit for here in loaded]
     board = Board(show, [each.config for each in asked], [each.opened.task for each in asked], sum(map(len, fits)))
-    with clock(own, "train"), board, using(asked):
+    with clock(own, "train"), board:
         plan = fitting.schedule(first.config, first.config.seed)
         outcomes = train_shared(learners, fits, [here.choose for here in loaded], plan, first.seed, board.told, board.seen)
         fitted = []

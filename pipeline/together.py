@@ -21,7 +21,7 @@ from stages.device import pick
 from stages.listening import listening
 from stages.shape import Shape, count
 from stages.tasks import labelled
-from store import leases, pins, writer
+from store import pins, writer
 from store.errors import Refused
 from store.fingerprint import fingerprint
 from store.stores import root_of
@@ -150,8 +150,9 @@ def _pass(asked: list[Asked], show: Show, seconds: dict[str, float]) -> list[dic
             if (same := _labels(each)) not in plain:
                 plain[same] = fitting.plain(each.opened, loaded, each.shape)
     board = Board(show, [each.config for each in asked], [each.opened.task for each in asked], len(loaded.fit))
-    keeper = Resume(first.config.store.home, fingerprint({"heads": [each.key for each in asked], "seed": first.seed}))
-    with clock(seconds, "train"), board, using(asked):
+    key = fingerprint({"heads": [each.key for each in asked], "seed": first.seed})
+    keeper = Resume(first.config.store.home, key, show.line)
+    with clock(seconds, "train"), board:
         if standing := keeper.load():
             show.line(f"going on after epoch {standing.numbers['epoch']}, where this training was interrupted")
         fitted = fitting.fit(learners, opened, loaded, first.seed, board.told, board.seen, keeper)
@@ -164,14 +165,6 @@ def _pass(asked: list[Asked], show: Show, seconds: dict[str, float]) -> list[dic
     ]
     keeper.done()
     return documents
-
-
-@contextmanager
-def using(asked: Sequence[Asked]) -> Iterator[None]:
-    """Say that the caches are in use, so that nobody's `gc` takes them."""
-    places = dict.fromkeys(cache.where for each in asked for cache in each.opened.caches.values())
-    with leases.using(*places):
-        yield
 
 
 def _pin(home: Path, opened: Opened, run: str) -> None:

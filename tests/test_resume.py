@@ -1,5 +1,6 @@
 """Training that is killed goes on, and ends in the weights that it would have had."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_commands import call, said  # noqa: F401
+from test_commands import FAST, call, said  # noqa: F401
 
 import pipeline
+from pipeline import resume, runs
 from pipeline.resume import Resume
 from stages.standing import Standing
+from store import files, leases
+from store.objects import Folder
 
 ROOT = Path(pipeline.__file__).parents[1]
 
@@ -76,11 +80,11 @@ def test_training_that_was_killed_in_an_epoch_goes_on_to_the_same_weights(capfd,
 def test_what_was_kept_and_is_torn_is_not_believed(tmp_path, harm):
     import torch
 
-    resume = Resume(tmp_path, "key")
-    resume.save(Standing({"epoch": 3}, {"a": torch.ones(3)}))
-    assert resume.load().numbers == {"epoch": 3}
-    data = resume.path.read_bytes()
-    resume.path.write_bytes(
+    kept = Resume(tmp_path, "key", print)
+    kept.save(Standing({"epoch": 3}, {"a": torch.ones(3)}))
+    assert kept.load().numbers == {"epoch": 3}
+    data = kept.path.read_bytes()
+    kept.path.write_bytes(
         {
             "truncated": data[:-1],
             "flipped": b"\xff" + data[1:],
@@ -89,4 +93,31 @@ def test_what_was_kept_and_is_torn_is_not_believed(tmp_path, harm):
             "other": b"{}",
         }[harm]
     )
-    assert resume.load() is None
+    assert kept.load() is None
+
+
+def test_a_full_disk_does_not_end_a_training_that_could_not_be_kept(capfd, said, monkeypatch):  # noqa: F811
+    write = files.write
+
+    def full(path, data):
+        if path.parent.name == "training":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, data)
+
+    undisturbed = weights(said["store"], call(capfd, "train", **said, **FAST))
+    monkeypatch.setattr(resume, "SECONDS", 0)
+    monkeypatch.setattr(files, "write", full)
+    assert weights(said["store"], call(capfd, "train", **said, **FAST)) == undisturbed
+
+
+def test_caches_are_held_until_the_run_that_needs_them_is_saved(capfd, said, monkeypatch):  # noqa: F811
+    held, save = [], runs.save
+
+    def saves(*arguments):
+        held.append(leases.held(said["store"], Folder(said["store"]).now()))
+        return save(*arguments)
+
+    monkeypatch.setattr(runs, "save", saves)
+    trained = call(capfd, "train", **said, **FAST)
+    assert set(trained["fingerprints"].values()) == held[0].keys()
+    assert leases.held(said["store"], Folder(said["store"]).now()) == {}

@@ -8,7 +8,7 @@ import torch
 
 from pipeline import fitting
 from pipeline.config import Ablate
-from pipeline.opening import Opened, check, label_words, open_caches, shape_of
+from pipeline.opening import Opened, check, label_words, open_caches, shape_of, using
 from pipeline.show import Show
 from stages import baselines, sources
 from stages.controls import CONTROLS
@@ -61,7 +61,8 @@ def run(config: Ablate, show: Show) -> dict[str, Any]:
     if not isinstance(untrained, str):
         own, twin = untrained
         asked.append(_Asked(UNTRAINED, own, twin, _shape(own, twin, "read")))
-    rows = [_probe(config, opened, seeds, device), *_rows(asked, seeds, device, show)]
+    with using(opened, *(each.opened for each in asked)):
+        rows = [_probe(config, opened, seeds, device), *_rows(asked, seeds, device, show)]
     metric, split = opened.task.metrics[0], opened.task.evaluation[0]
     show.table(
         ["", "parameters", f"{metric}, {split}", "standard deviation"],

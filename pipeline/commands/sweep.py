@@ -9,6 +9,7 @@ import numpy as np
 from pipeline import grid, propose, runs, together
 from pipeline.board import in_words
 from pipeline.config import Sweep, Train
+from pipeline.opening import using
 from pipeline.show import Show, duration
 from store import writer
 from store.errors import Damaged, Refused
@@ -75,10 +76,11 @@ def _train(
     if len(missing) < len(asked):
         show.line(f"{len(asked) - len(missing):,} of {len(asked):,} heads are trained already")
     missing.sort(key=lambda each: each.stream)  # a pass is of one stream, as far as can be
-    for begin in range(0, len(missing), config.width):
-        part = missing[begin : begin + config.width]
-        for each, document in zip(part, together.train(part, show, seconds), strict=True):
-            known[each.key] = document
+    with using(*(each.opened for each in missing)):
+        for begin in range(0, len(missing), config.width):
+            part = missing[begin : begin + config.width]
+            for each, document in zip(part, together.train(part, show, seconds), strict=True):
+                known[each.key] = document
     documents = iter([known[each.key] for each in asked])
     return [_row(setting, [next(documents) for _ in range(config.seeds)]) for setting in settings]
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from pipeline import shared, together
 from pipeline.config import Train
+from pipeline.opening import using
 from pipeline.show import Show, duration, size
 from store.errors import Refused
 
@@ -21,7 +22,8 @@ def run(config: Train, show: Show) -> dict[str, Any]:
     configs = [each for task in tasks for each in together.seeded(config.model_copy(update={"task": task}))]
     seconds: dict[str, float] = {}
     asked = together.open_all(configs, show, seconds)
-    documents = (shared.train if config.read.shared else together.train)(asked, show, seconds)
+    with using(*(each.opened for each in asked)):
+        documents = (shared.train if config.read.shared else together.train)(asked, show, seconds)
     trained = [document for document in documents if "run" in document]
     lost = [document for document in documents if "run" not in document]
     for document in lost if trained else []:
