@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.show import Show, duration, size
 from store import transfer, writer
+from store.catalog import Found
 from store.errors import Damaged, Refused
 from store.stores import Root, Stores, parse
 
@@ -25,22 +26,23 @@ def other(said: str, what: str) -> Stores:
 def copy(source: Stores, target: Root, prefixes: str, show: Show) -> dict[str, Any]:
     """Copy caches. prefixes: starts of fingerprints, comma-separated, or `all`. Raises Refused before anything is copied.
 
-    Goes on past what is damaged, here or there, and tells all of it.
+    Goes on past what is damaged or cannot be had, here or there, and tells all of it.
     """
     if not prefixes:
         raise Refused("give CACHE=<starts of fingerprints, comma-separated>, or CACHE=all; `readcache catalog` lists them")
-    every = source.check().listing() if prefixes == "all" else map(source.pick, map(str.strip, prefixes.split(",")))
-    chosen = list(every)
+    chosen: list[Found | Damaged | str]
+    chosen = list(source.check().listing()) if prefixes == "all" else [source.named(p.strip()) for p in prefixes.split(",")]
     if isinstance(target, Path):
         writer.check_writable(target)
     copied, faults = [], []
-    for found in chosen:
+    for item in chosen:
         try:
-            if isinstance(found, Damaged):
-                raise found
+            if isinstance(item, Damaged):
+                raise item
+            found = source.pick(item) if isinstance(item, str) else item
             with show.progress(f"{found.fingerprint[:12]} to {target}", found.bytes, "bytes") as meter:
                 published = transfer.copy(found.path, target, meter.add)
-        except Damaged as error:
+        except Refused as error:
             faults.append(str(error))
             show.line(f"not copied: {error}")
             continue

@@ -25,8 +25,8 @@ UNPUBLISHED = 24 * 3600.0
 """objects that no manifest names stay for at least so long: theirs may be on its way, in seconds"""
 
 
-NOT = "not removed"
-"""what was done with what could not be taken away begins so"""
+NOT, STILL = "not removed", "needed, and still in the trash, from where the next gc brings it back"
+"""what was done with what could not be taken away, or not brought back, begins so"""
 
 
 class Item(NamedTuple):
@@ -110,15 +110,27 @@ def collect(root: Root, items: list[Item], grace: float, runs: Holds) -> Iterato
             yield item, f"{NOT} ({error.strerror}: {error.filename})"
         except Refused as error:
             yield item, f"{NOT} ({error})"
-    held = holds(root, runs)
+    try:
+        held = holds(root, runs)
+    except (OSError, Refused):  # nobody can tell any more
+        for _, entry in thrown:
+            _back(root, entry)
+        raise
     for item, entry in thrown:
-        since = held.get(item.fingerprint)
-        if since:
-            trash.restore(root, entry)
-        yield item, f"kept: {', '.join(since)}" if since else "moved to the trash"
+        if since := held.get(item.fingerprint):
+            yield item, f"{'kept' if _back(root, entry) else STILL}: {', '.join(since)}"
+        else:
+            yield item, "moved to the trash"
     trash.sweep(root)
     if isinstance(root, Path):
         leases.sweep(root, objects.now())
+
+
+def _back(root: Root, entry: trash.Entry) -> bool:
+    try:
+        return trash.restore(root, entry) or catalog.find(root, entry.fingerprint) is not None
+    except (OSError, Refused):
+        return False
 
 
 def _whole(root: Root, fingerprint: str) -> bool:
@@ -129,7 +141,7 @@ def _whole(root: Root, fingerprint: str) -> bool:
 def _clean(objects: Folder | Bucket, item: Item) -> bool:
     """Remove what the dead have left; whether it was still that."""
     if isinstance(objects, Bucket):
-        unpublished = trash.published_write(objects, item.fingerprint) != item.place.rsplit("/", 1)[1]
+        unpublished = not trash.named(objects, item.fingerprint, item.place.rsplit("/", 1)[1])
         objects.delete(list(objects.listing(f"{item.place}/")) if unpublished else [])
         return unpublished
     path = objects.path / item.place

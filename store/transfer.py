@@ -51,7 +51,7 @@ def _whole(found: Root, where: Root) -> None:
                 f"repair` with STORE={root_of(found)},{root_of(where)} and the options that extracted it mends it from here"
             )
         if fault.kind == "unread":
-            raise Refused(f"{found}/{fault.place}: {fault.what}; see to the disk, rights or connection, then copy again")
+            raise Refused(f"{'/'.join(filter(None, (str(found), fault.place)))}: {fault.what}; nothing is copied over it")
 
 
 def push(objects: Objects, described: Manifest, root: Bucket, told: Told = lambda _: None) -> Published:

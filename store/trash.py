@@ -3,7 +3,7 @@
 <root>/trash/<unique>/moved.json            when, by the store's clock
 <root>/trash/<unique>/<fingerprint>/        the cache; in an object store <fingerprint>.json, its manifest, and its objects stay
 <root>/trash/<unique>.gone/                 being deleted
-<root>/trash/<unique>/fate                  in an object store, where nothing can be renamed: "back" or "gone", created once
+<root>/trash/<unique>/fate                  in an object store, where nothing can be renamed: "back …" or "gone", created once
 """
 
 import re
@@ -20,7 +20,7 @@ from store.objects import root_at
 from store.stores import Root
 
 _MARK, _GONE = "moved.json", ".gone"
-_FATE, _BACK, _AWAY = "fate", b"back\n", b"gone\n"
+_FATE, _AWAY = "fate", b"gone\n"
 IDLE = 3600.0
 """what is half made, or empty, and as old, is nobody's any more, in seconds"""
 _NAME = re.compile("[0-9a-f]{64}")
@@ -115,11 +115,30 @@ def whole(root: Root, entry: Entry) -> bool:
         return not any(verify.faults(root / "trash" / entry.name / entry.fingerprint))
     objects, place = Bucket(root), f"trash/{entry.name}/{entry.fingerprint}.json"
     try:
-        found = manifest.parsed(objects.read(place, manifest.MOST), f"{root}/{place}")
-    except (FileNotFoundError, ValueError, Refused):
+        return _complete(objects, entry.fingerprint, objects.read(place))
+    except FileNotFoundError:
         return False
-    there = objects.below(f"objects/{entry.fingerprint}/{found.write}").sizes()
-    return found.fingerprint == entry.fingerprint and there == {path: receipt.size for path, receipt in found.objects.items()}
+
+
+def _complete(objects: Bucket, fingerprint: str, text: bytes) -> bool:
+    """Whether all objects that a manifest names are there, with their sizes."""
+    try:
+        found = manifest.parsed(text, f"{objects}/caches/{fingerprint}")
+    except Refused:
+        return False
+    there = objects.below(f"objects/{fingerprint}/{found.write}").sizes()
+    return found.fingerprint == fingerprint and there == {path: receipt.size for path, receipt in found.objects.items()}
+
+
+def _decided(objects: Bucket, place: str, fate: bytes) -> bool:
+    """Whether this is what becomes of a cache in the trash. The word of one who was bringing it back, and is gone, is removed."""
+    if objects.create(f"{place}/{_FATE}", fate):
+        return True
+    about = objects.listing(f"{place}/").get(f"{place}/{_FATE}")
+    with suppress(FileNotFoundError):
+        if about and objects.now() - about.written > IDLE and objects.read(f"{place}/{_FATE}") != _AWAY:
+            objects.delete([f"{place}/{_FATE}"])
+    return False
 
 
 def restore(root: Root, entry: Entry) -> bool:
@@ -130,12 +149,18 @@ def restore(root: Root, entry: Entry) -> bool:
             text = objects.read(f"{place}/{entry.fingerprint}.json")
         except FileNotFoundError:
             return False
-        if catalog.find(root, entry.fingerprint) or not objects.create(f"{place}/{_FATE}", _BACK):
+        if catalog.find(root, entry.fingerprint) or not _complete(objects, entry.fingerprint, text):
             return False
-        back = objects.create(f"caches/{entry.fingerprint}/{manifest.NAME}", text)
-        if back:
-            objects.delete([f"{place}/{entry.fingerprint}.json", f"{place}/{_MARK}"])
-        return back
+        if not _decided(objects, place, f"back {secrets.token_hex(8)}\n".encode()):
+            return False
+        published = f"caches/{entry.fingerprint}/{manifest.NAME}"
+        if not objects.create(published, text):
+            return False
+        if not _complete(objects, entry.fingerprint, text):  # who was asleep for hours before this is told by nothing else
+            objects.delete([published])
+            return False
+        objects.delete([f"{place}/{entry.fingerprint}.json", f"{place}/{_MARK}"])
+        return True
     folder = objects.path / place
     files.make(objects.path / "caches")
     try:
@@ -154,25 +179,21 @@ def purge(root: Root, entry: Entry) -> bool:
     """
     objects, place = root_at(root), f"trash/{entry.name}"
     if isinstance(objects, Bucket):
-        text = b""
-        with suppress(FileNotFoundError):
+        try:
             text = objects.read(f"{place}/{entry.fingerprint}.json")
-        published_write(objects, entry.fingerprint)  # raises before anything is decided
-        if not text:
+        except FileNotFoundError:
             return False
-        if not objects.create(f"{place}/{_FATE}", _AWAY):
-            fate = objects.listing(f"{place}/").get(f"{place}/{_FATE}")
-            if fate and objects.now() - fate.written > IDLE:  # who was bringing it back is gone
-                objects.delete([f"{place}/{_FATE}"])
-            return False
-        published = published_write(objects, entry.fingerprint)
-        objects.delete([f"{place}/{entry.fingerprint}.json", f"{place}/{_MARK}"])
-        with suppress(Damaged):
+        write, paths = "", []
+        with suppress(Damaged):  # one that says nothing names no objects; another version's is refused
             gone = manifest.parsed(text, f"{objects}/{place}")
-            others = any(other.fingerprint == entry.fingerprint for other in entries(root))
-            # one that was brought back, or thrown away twice, has the same objects
-            if gone.write and gone.write != published and not others:
-                objects.delete(f"objects/{entry.fingerprint}/{gone.write}/{path}" for path in gone.objects)
+            write, paths = gone.write, list(gone.objects)
+        published_write(objects, entry.fingerprint)  # raises before anything is decided
+        if not _decided(objects, place, _AWAY):
+            return False
+        objects.delete([f"{place}/{entry.fingerprint}.json", f"{place}/{_MARK}"])
+        # one that was thrown away twice, and brought back once, has the same objects
+        if write and not named(objects, entry.fingerprint, write):
+            objects.delete(f"objects/{entry.fingerprint}/{write}/{path}" for path in paths)
         return True
     folder = objects.path / place
     with suppress(FileNotFoundError):  # another gc was faster
@@ -211,6 +232,19 @@ def _sweep_far(objects: Bucket) -> None:
         # a fate stays for those who have read what it is about, and do not know it yet
         if inside.keys() <= {_MARK, _FATE} and clock - max(inside.values()) > IDLE:
             objects.delete(f"{folder}/{name}" for name in inside)
+
+
+def named(objects: Bucket, fingerprint: str, write: str) -> bool:
+    """Whether objects are those of a cache that is published, or in the trash.
+
+    Raises Refused as `published_write` does. What goes from one to the other is in both for a while: looked for there, in the
+    trash, and there again, it is seen.
+    """
+    return (
+        published_write(objects, fingerprint) == write
+        or any(entry.fingerprint == fingerprint for entry, _ in _far(objects))
+        or published_write(objects, fingerprint) == write
+    )
 
 
 def published_write(objects: Bucket, fingerprint: str) -> str | None:

@@ -10,6 +10,7 @@ links, chunk by chunk, each checked against its receipt; the folders of those th
 
 import contextlib
 import errno
+import itertools
 import json
 import secrets
 import tempfile
@@ -229,7 +230,7 @@ def publish(root: Path, folder: Path, done: Manifest) -> Published:
     target = root / "caches" / done.fingerprint
     files.make(target.parent)
     files.sync_folder(root)  # where `caches` is new
-    while True:
+    for attempt in itertools.count():
         first = _number(target)
         try:
             files.rename(cache, target)
@@ -242,7 +243,7 @@ def publish(root: Path, folder: Path, done: Manifest) -> Published:
             published = Published(target, difference(target, cache), new=False)
             break
         except Refused:
-            if first is not None and _number(target) == first:
+            if attempt > 9 or (first is not None and _number(target) == first):
                 raise
             # it went to the trash meanwhile: ours, then
     files.sync_folder(target.parent)

@@ -341,6 +341,82 @@ def test_what_was_decided_by_one_who_is_gone_is_gone_on_with(s3, toy, tmp_path, 
     assert root.listing("") == {}
 
 
+def test_of_two_entries_of_the_same_objects_one_comes_back_while_the_other_is_deleted(s3, toy, tmp_path, monkeypatch):
+    """A gc was killed on the way to the trash, and the next one threw it away again."""
+    there = transfer.copy(path_of(toy, tmp_path), ROOT).path
+    name, root, delete = there.rsplit("/", 1)[1], Bucket(ROOT), Bucket.delete
+    root.put(f"trash/killed/{name}.json", root.read(f"caches/{name}/manifest.json"))
+    second = trash.throw(ROOT, name)
+    (first,) = [entry for entry in trash.entries(ROOT) if entry.name == "killed"]
+    for when in ("published_write", "_far"):
+        with monkeypatch.context() as patch:
+            original = getattr(trash, when)
+
+            def late(*arguments, patch=patch, original=original, second=second):
+                patch.undo()
+                assert trash.restore(ROOT, second)
+                return original(*arguments)
+
+            def deletes(self, places, patch=patch, when=when, late=late):
+                delete(self, places)
+                patch.setattr(Bucket, "delete", delete)
+                patch.setattr(trash, when, late)
+
+            patch.setattr(Bucket, "delete", deletes)
+            assert trash.purge(ROOT, first)
+        assert list(verify.faults(there)) == [], when
+        root.put(f"trash/killed-again/{name}.json", root.read(f"caches/{name}/manifest.json"))
+        second = trash.throw(ROOT, name)
+        first = first._replace(name="killed-again")
+
+
+def test_what_another_gc_throws_away_just_now_is_not_what_a_dead_push_left(s3, toy, tmp_path, monkeypatch):
+    there = transfer.copy(path_of(toy, tmp_path), ROOT).path
+    name, original = there.rsplit("/", 1)[1], trash.published_write
+    monkeypatch.setattr(gc, "UNPUBLISHED", -5.0)
+
+    def late(*arguments):
+        monkeypatch.setattr(trash, "published_write", original)
+        trash.throw(ROOT, name)
+        return original(*arguments)
+
+    monkeypatch.setattr(trash, "published_write", late)
+    items = [item for item in gc.look(ROOT, nobody) if item.kind == "building"]
+    assert items and list(gc.collect(ROOT, items, -5, nobody)) == []
+    (entry,) = trash.entries(ROOT)
+    assert trash.whole(ROOT, entry) and trash.restore(ROOT, entry) and list(verify.faults(there)) == []
+
+
+def test_one_who_slept_for_hours_before_bringing_a_cache_back_publishes_nothing(s3, toy, tmp_path, monkeypatch):
+    name = transfer.copy(path_of(toy, tmp_path), ROOT).path.rsplit("/", 1)[1]
+    entry, create = trash.throw(ROOT, name), Bucket.create
+
+    def late(self, place, data):
+        if place.startswith("caches/"):
+            monkeypatch.setattr(Bucket, "create", create)
+            monkeypatch.setattr(trash, "IDLE", -5)
+            assert [trash.purge(ROOT, entry), trash.purge(ROOT, entry)] == [False, True]
+        return create(self, place, data)
+
+    monkeypatch.setattr(Bucket, "create", late)
+    assert not trash.restore(ROOT, entry) and catalog.find(ROOT, name) is None
+
+
+def test_a_cache_of_another_version_in_the_trash_keeps_its_objects(s3, toy, tmp_path, monkeypatch):
+    name = transfer.copy(path_of(toy, tmp_path), ROOT).path.rsplit("/", 1)[1]
+    entry, root = trash.throw(ROOT, name), Bucket(ROOT)
+    place = f"trash/{entry.name}/{name}.json"
+    text = root.read(place)
+    body = {field: value for field, value in json.loads(text).items() if field != "digest"} | {"format": 2}
+    root.put(place, json.dumps(body | {"digest": hashlib.sha256(canonical(body)).hexdigest()}).encode())
+    monkeypatch.setattr(gc, "UNPUBLISHED", -5.0)
+    for _ in range(2):
+        ((_, what),) = gc.collect(ROOT, list(gc.look(ROOT, nobody)), -5, nobody)
+        assert what.startswith("not removed")
+    root.put(place, text)
+    assert trash.restore(ROOT, entry) and list(verify.faults(f"{ROOT}/caches/{name}")) == []
+
+
 @pytest.mark.parametrize("harm", ["torn", "of another version", "gone, and pinned"])
 def test_objects_stay_whose_manifest_does_not_say_that_they_may_go(s3, toy, tmp_path, monkeypatch, harm):
     monkeypatch.setattr(gc, "UNPUBLISHED", -1.0)

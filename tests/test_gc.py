@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from test_writer import Crash, Toy, content
 
 import store
-from store import Damaged, catalog, files, gc, leases, pins, trash, writer
+from store import Damaged, Refused, catalog, files, gc, leases, pins, trash, writer
 from store.catalog import Found
 from store.objects import Folder
 
@@ -341,6 +341,27 @@ def test_a_cache_whose_way_to_the_trash_could_not_be_made_durable_stays(tmp_path
     monkeypatch.setattr(files, "sync_folder", fails)
     (done,) = [what for _, what in gc.collect(tmp_path, list(gc.look(tmp_path, nobody)), 0, nobody)]
     assert done.startswith("not removed") and content(toy.path(tmp_path)) == before
+
+
+@pytest.mark.parametrize("fails", ["to come back", "to be told"])
+def test_what_is_needed_and_could_not_come_back_is_said(tmp_path, toy, monkeypatch, fails):
+    before, name, asked = content(toy.path(tmp_path)), toy.path(tmp_path).name, []
+
+    def runs():
+        asked.append(1)
+        if len(asked) > 2 and fails == "to be told":
+            raise Refused("a run is damaged")
+        return {name: ["run r"]} if len(asked) > 2 else {}
+
+    items = list(gc.look(tmp_path, runs))
+    if fails == "to be told":
+        with pytest.raises(Refused):
+            list(gc.collect(tmp_path, items, -5, runs))
+        assert content(toy.path(tmp_path)) == before
+    else:
+        monkeypatch.setattr(trash, "restore", lambda *_: False)
+        ((_, what),) = gc.collect(tmp_path, items, -5, runs)
+        assert what.startswith(gc.STILL) and not toy.path(tmp_path).exists()
 
 
 def test_a_cache_in_the_trash_that_lost_its_mark_is_still_known(tmp_path, toy):

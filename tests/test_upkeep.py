@@ -351,7 +351,10 @@ def test_what_a_run_needs_stays_and_what_nobody_needs_goes(capfd, said):  # noqa
     assert not any(item["goes"] for item in call(capfd, "gc", store=said["store"], grace=0)["items"])
     listed = {cache["fingerprint"]: cache["pins"] for cache in call(capfd, "catalog", store=said["store"])["caches"]}
     assert listed[other] == ["paper"]
+    text = (said["store"] / "caches" / other / "manifest.json").read_bytes()
+    (said["store"] / "caches" / other / "manifest.json").unlink()
     call(capfd, "unpin", store=said["store"], cache=other[:9], name="paper")
+    (said["store"] / "caches" / other / "manifest.json").write_bytes(text)
     assert "has no pin" in call(capfd, "unpin", store=said["store"], cache=other[:9], name="paper", status=2)["error"]
     done = call(capfd, "gc", "--delete", store=said["store"], grace=0)["done"]
     assert [(item["fingerprint"], item["what"]) for item in done] == [(other, "moved to the trash")]
@@ -506,6 +509,9 @@ def test_push_and_pull_copy_what_is_asked_for_and_refuse_what_is_damaged(capfd, 
     told = call(capfd, "push", store=asked["store"], to=tmp_path / "third", cache="all", as_listed=True)
     assert "/".join(["0" * 64, "manifest.json"]) in told["faults"][0] and "c.1.0.0" in told["faults"][1]
     assert told["caches"] == [] and not (tmp_path / "third" / "caches").exists()
+    both = f"{'0' * 64},{path.name[:8]}"
+    assert len(call(capfd, "push", store=tmp_path / "other", to=tmp_path / "fourth", cache="all")["caches"]) == 1
+    assert len(call(capfd, "push", store=asked["store"], to=tmp_path / "third", cache=both, as_listed=True)["faults"]) == 2
     (told,) = call(capfd, "push", store=asked["store"], to=tmp_path / "other", cache=path.name[:8])["caches"]
     assert not told["new"], "it is there, and whole"
     (fault,) = call(capfd, "pull", source=tmp_path / "other", store=asked["store"], cache="all", as_listed=True)["faults"]

@@ -41,7 +41,7 @@ def run(config: Gc, show: Show) -> dict[str, Any]:
     if config.delete:
         done = list(gc.collect(root, items, grace, held))
         document["done"] = [{"kind": item.kind, "fingerprint": item.fingerprint, "what": what} for item, what in done]
-        document["faults"] = [told for told in document["done"] if told["what"].startswith(gc.NOT)]
+        document["faults"] = [told for told in document["done"] if told["what"].startswith((gc.NOT, gc.STILL))]
         for item, what in done:
             show.line(f"{item.kind} {item.fingerprint[:12] or item.place}: {what}")
         if any(what == "moved to the trash" for _, what in done):

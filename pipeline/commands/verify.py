@@ -40,7 +40,7 @@ def run(config: Verify, show: Show) -> dict[str, Any]:
     for fault in document["faults"]:
         show.line(f"{fault['cache']}/{fault['place']}: {fault['what']}")
     if document["faults"]:
-        show.line("`readcache repair` with the options that extracted a cache mends it")
+        show.line("`readcache repair` with the options that extracted a cache mends what is damaged")
     return document
 
 
