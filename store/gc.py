@@ -70,16 +70,17 @@ def holds(root: Root, runs: Holds) -> dict[str, list[str]]:
 
 def look(root: Root, runs: Holds) -> Iterator[Item]:
     """All that could go, and what holds it. runs: who needs a cache beside all others."""
-    objects, held, published = root_at(root), holds(root, runs), set()
+    objects, held = root_at(root), holds(root, runs)
     clock = objects.now()
     for found in catalog.listing(root):
         if isinstance(found, Found):
             who = tuple(held.get(found.fingerprint, ()))
             yield Item("cache", found.fingerprint, f"caches/{found.fingerprint}", found.bytes, clock - found.written, who)
-            published.add(found.fingerprint)
     for entry in trash.entries(root):
         size = sum(about.size for about in objects.listing(f"trash/{entry.name}/").values())
-        who = () if entry.fingerprint in published else tuple(held.get(entry.fingerprint, ()))
+        who = tuple(held.get(entry.fingerprint, ()))
+        if where := catalog.find(root, entry.fingerprint):
+            who = () if _whole(where) else ("what is published is damaged",)
         yield Item("trash", entry.fingerprint, entry.name, size, clock - entry.written, who)
     yield from _unpublished(objects, held, clock) if isinstance(objects, Bucket) else _left(objects, clock)
 
@@ -91,19 +92,19 @@ def collect(root: Root, items: list[Item], grace: float, runs: Holds) -> Iterato
     for item in items:
         who = held.get(item.fingerprint, []) if item.kind in ("cache", "trash") else []
         try:
-            if item.kind == "trash" and who:
-                if trash.restore(root, item.in_trash):
+            if item.kind == "trash":
+                if who and trash.restore(root, item.in_trash):
                     yield item, f"restored: {', '.join(who)}"
-                elif item.goes(grace) and _whole(root, item.fingerprint) and trash.purge(root, item.in_trash):
-                    yield item, "deleted: it is published again"
+                    continue
+                where = catalog.find(root, item.fingerprint)
+                unneeded = _whole(where) if where else not who
+                if item.goes(grace) and unneeded and trash.purge(root, item.in_trash):
+                    yield item, "deleted"
             elif who or not item.goes(grace):
                 continue
             elif item.kind == "cache":
                 if entry := trash.throw(root, item.fingerprint):
                     thrown.append((item, entry))
-            elif item.kind == "trash":
-                if trash.purge(root, item.in_trash):
-                    yield item, "deleted"
             elif _clean(objects, item):
                 yield item, "deleted"
         except OSError as error:
@@ -133,9 +134,9 @@ def _back(root: Root, entry: trash.Entry) -> bool:
         return False
 
 
-def _whole(root: Root, fingerprint: str) -> bool:
-    where = catalog.find(root, fingerprint)
-    return where is not None and not any(verify.faults(where))
+def _whole(where: Root) -> bool:
+    """Whether a cache is as it was published, so that its copy in the trash is not needed; in an object store by sizes."""
+    return not any(fault.kind != "extra" for fault in verify.faults(where, digests=isinstance(where, Path)))
 
 
 def _clean(objects: Folder | Bucket, item: Item) -> bool:

@@ -29,7 +29,7 @@ from pipeline.config import Extract
 from pipeline.show import Show
 from stages import extract
 from stages.backbone import Backbone
-from store import files, leases, trash, verify, writer
+from store import files, gc, leases, trash, verify, writer
 from store.fingerprint import canonical
 
 ROOT = Path(pipeline.__file__).parents[1]
@@ -398,15 +398,22 @@ def test_gc_that_could_not_take_away_what_it_should_says_so_in_its_exit_code(cap
     assert "not removed (Permission denied" in told["faults"][0]["what"] and made[0].exists()
 
 
-def test_a_copy_in_the_trash_of_what_is_published_again_goes_though_it_is_held(capfd, asked, made):
+@pytest.mark.parametrize("held", [True, False])
+def test_a_copy_in_the_trash_goes_once_what_is_published_again_is_whole(capfd, asked, made, held):
     path, whole = made
     call(capfd, "pin", store=asked["store"], cache=path.name[:9], name="paper")
     spoil(path / "manifest.json", "flipped")
     call(capfd, "repair", **asked)
     spoil(path / "encoder/values/c.1.0.0", "flipped")
-    call(capfd, "gc", "--delete", store=asked["store"], grace=0)
-    assert len(list((asked["store"] / "trash").iterdir())) == 1, "the copy that is published is not whole"
+    if not held:
+        call(capfd, "unpin", store=asked["store"], cache=path.name[:9], name="paper")
+    told = [item for item in call(capfd, "gc", store=asked["store"], grace=0)["items"] if item["kind"] == "trash"]
+    assert [item["held"] for item in told] == [["what is published is damaged"]]
+    (item,) = [item for item in gc.look(asked["store"], dict) if item.kind == "trash"]
+    assert list(gc.collect(asked["store"], [item, item._replace(held=())], 0, dict)) == []
     call(capfd, "repair", **asked)
+    if not held:
+        call(capfd, "pin", store=asked["store"], cache=path.name[:9], name="paper")
     assert any(item["goes"] for item in call(capfd, "gc", store=asked["store"], grace=0)["items"])
     call(capfd, "gc", "--delete", store=asked["store"], grace=0)
     assert list((asked["store"] / "trash").iterdir()) == [] and content(path) == whole
